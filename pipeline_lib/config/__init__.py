@@ -1,0 +1,1 @@
+"""Typed settings, the resolver and fingerprints. Imports no torch."""

@@ -1,0 +1,42 @@
+"""The base of every settings class, and the mark that keeps a field out of fingerprints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Frozen, typed settings; an unknown key or a wrong type is an error.
+
+    Every field is semantic (it enters the fingerprint of the stages that read it) unless it is
+    made with `operational`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def semantic(self) -> dict[str, Any]:
+        """The settings as plain JSON values, without the operational ones."""
+        return _prune(self)
+
+
+def operational(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that changes how a stage runs (devices, logging, batching) but never its result."""
+    return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
+
+
+def _prune(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {name: _prune(getattr(value, name)) for name in fields if not _is_operational(fields[name])}
+    if isinstance(value, dict):
+        return {key: _prune(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_prune(item) for item in value]
+    return value
+
+
+def _is_operational(field: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("operational"))

@@ -1,0 +1,233 @@
+"""What can be asked for: readable targets, and the nodes behind them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.config.errors import UserError, closest
+from pipeline_lib.config.experiments import Resolved
+from pipeline_lib.config.load import load_config, merge
+from pipeline_lib.config.nodes import Node, make_node
+from pipeline_lib.config.resolve import Resolver
+from pipeline_lib.config.schema import Config, Experiment, Sweep
+from pipeline_lib.config.validate import validate
+
+RESULTS = "results"
+
+
+class Plan:
+    """The configuration as a DAG. Nodes are made when asked for and kept."""
+
+    def __init__(self, config: Config, file: str = "config.yaml") -> None:
+        self.config, self.file = config, file
+        self.resolver = Resolver(config, file)
+        self.nodes: dict[str, Node] = {}
+        self._views: dict[str, tuple[Node, str]] = {}
+
+    @staticmethod
+    def load(file: str = "config.yaml", overrides: dict[str, Any] | None = None) -> Plan:
+        """The plan of a configuration file; everything it lists is checked.
+
+        Raises:
+            UserError: the first thing that is wrong.
+        """
+        plan = Plan(load_config(Path(file), overrides), file)
+        for name in plan.config.experiments:
+            plan.resolver.checkpoint(plan.resolver.experiments.get(name))
+        for name in plan.config.datasets:
+            plan.resolver.dataset(name)
+        return plan
+
+    # -- targets ---------------------------------------------------------------------------------------------------
+
+    def targets(self) -> list[str]:
+        """What the target `all` makes: every listed experiment's tasks, sweeps, tables and the report."""
+        found = [
+            f"{RESULTS}/{name}/{task}.json"
+            for name in self.config.experiments
+            for task in self.resolver.experiments.get(name).tasks
+        ]
+        found += [f"{RESULTS}/sweeps/{name}.csv" for name in self.config.sweeps]
+        found += [f"{RESULTS}/tables/{name}.{kind}" for name in self.config.tables for kind in ("csv", "md")]
+        return [*found, f"{RESULTS}/report.html"] if found else found
+
+    def view(self, target: str) -> tuple[Node, str]:
+        """The node behind a readable target, and the file in its artifact.
+
+        Raises:
+            UserError: nothing of that name can be made.
+        """
+        if target not in self._views:
+            node, file = self._make(target)
+            self._register(node)
+            self._views[target] = node, file
+        return self._views[target]
+
+    def _make(self, target: str) -> tuple[Node, str]:
+        parts = target.removeprefix(f"{RESULTS}/").split("/")
+        if target == f"{RESULTS}/report.html":
+            return self.report(), "report.html"
+        if len(parts) == 2:
+            folder, file = parts
+            stem, _, kind = file.rpartition(".")
+            if folder == "sweeps" and kind == "csv":
+                return self.sweep(self._known("sweeps", stem, target)), "table.csv"
+            if folder == "tables" and kind in ("csv", "md"):
+                return self.table(self._known("tables", stem, target)), f"table.{kind}"
+            if folder == "publish" and kind == "json":
+                return self.publish(self.resolver.experiments.get(stem)), "publish.json"
+            if kind == "json":
+                return self.resolver.result(self.resolver.experiments.get(folder), stem), "result.json"
+        raise UserError(
+            "nothing of that name can be made",
+            where="target",
+            value=target,
+            allowed="results/<experiment>/<task>.json, results/sweeps/<sweep>.csv, results/tables/<table>.csv or .md, "
+            "results/publish/<experiment>.json, results/report.html",
+            fix="see `experiments:`, `tasks:`, `sweeps:` and `tables:` in config.yaml",
+        )
+
+    def _known(self, section: str, name: str, target: str) -> str:
+        names = getattr(self.config, section)
+        if name not in names:
+            raise UserError(
+                f"unknown {section.removesuffix('s')}",
+                where=f"target {target}",
+                value=name,
+                allowed=list(names),
+                fix=closest(name, names) or f"add it under `{section}:` in {self.file}",
+            )
+        return name
+
+    def _register(self, node: Node) -> None:
+        if node.path not in self.nodes:
+            self.nodes[node.path] = node
+            for upstream in node.inputs.values():
+                self._register(upstream)
+
+    def node(self, stage: str, node_id: str) -> Node | None:
+        """The registered node of that name, if a target that was asked for needs it."""
+        return self.nodes.get(f"results/store/{stage}/{node_id}")
+
+    # -- collections -----------------------------------------------------------------------------------------------
+
+    def sweep(self, name: str) -> Node:
+        """The CSV of a sweep; its points are evaluate artifacts of their own."""
+        sweep = self.config.sweeps[name]
+        columns = list(sweep.grid)
+        rows, inputs = [], {}
+        for index, (values, exp) in enumerate(self._points(name, sweep)):
+            rows.append(values)
+            arms = self.resolver.arms(exp, sweep.task)
+            inputs[f"{index:05}"] = arms.get("transformed", arms["clean"])
+        settings = {"columns": columns, "rows": rows, "metrics": None}
+        execution = self.resolver.execution(self.resolver.experiments.get(sweep.experiment))
+        return make_node("sweep", f"{sweep.task}-{len(rows)}", settings, inputs, execution)
+
+    def _points(self, name: str, sweep: Sweep) -> Iterator[tuple[list[Any], Resolved]]:
+        where = f"{self.file}: sweeps.{name}"
+        base = self.resolver.experiments.get(sweep.experiment)
+        entry = self.resolver.experiments.entry(sweep.experiment)
+        if sweep.task not in self.config.tasks:
+            raise UserError(
+                "unknown task",
+                where=f"{where}.task",
+                value=sweep.task,
+                allowed=list(self.config.tasks),
+                fix="add it under `tasks:`",
+            )
+        full = full_settings(base)
+        for key in sweep.grid:
+            check_axis(key, full, f"{where}.grid")
+        for values in itertools.product(*sweep.grid.values()):
+            over: dict[str, Any] = {}
+            for key, value in zip(sweep.grid, values, strict=True):
+                over = merge(over, nested(key, value))
+            yield list(values), self.resolver.variant(sweep.experiment, with_settings(entry, base, over, where))
+
+    def table(self, name: str) -> Node:
+        """A table of experiments in rows and columns."""
+        table = self.config.tables[name]
+        inputs = {}
+        for row in table.cells:
+            for exp in row:
+                inputs[exp] = self.resolver.result(self.resolver.experiments.get(exp), table.task)
+        settings = {key: value for key, value in table.semantic().items() if key != "task"}
+        return make_node("table", name, settings, inputs)
+
+    def report(self) -> Node:
+        """The HTML report over everything that config.yaml lists."""
+        inputs: dict[str, Node] = {}
+        for name in self.config.experiments:
+            exp = self.resolver.experiments.get(name)
+            for task in exp.tasks:
+                inputs[f"result:{name}:{task}"] = self.resolver.result(exp, task)
+            if exp.recipe_module.ENGINE is not None and exp.tasks:
+                inputs[f"train:{name}"] = self.resolver.train(exp)
+        inputs.update({f"sweep:{name}": self.sweep(name) for name in self.config.sweeps})
+        inputs.update({f"table:{name}": self.table(name) for name in self.config.tables})
+        tables = {name: table.semantic() for name, table in self.config.tables.items()}
+        return make_node("report", "report", {"title": self.config.report.title, "tables": tables}, inputs)
+
+    def publish(self, exp: Resolved) -> Node:
+        """The upload of an experiment's checkpoint and model card."""
+        if exp.publish is None:
+            raise UserError(
+                "publishing is off",
+                where=f"{self.resolver.experiments.where(exp.name)}.publish",
+                fix="add `publish: owner/name` to the experiment",
+            )
+        inputs = {"checkpoint": self.resolver.checkpoint(exp)}
+        inputs.update({f"result:{task}": self.resolver.result(exp, task) for task in exp.tasks})
+        return make_node("publish", exp.publish, {"repo": exp.publish, "experiment": exp.name}, inputs)
+
+
+def full_settings(exp: Resolved) -> dict[str, Any]:
+    """Everything a sweep can vary, as nested plain values."""
+    transform = {name: settings.semantic() for name, settings in exp.transform_settings.items()}
+    return {
+        "transform": transform,
+        "recipe": {exp.recipe_name: exp.recipe.semantic()},
+        "seed": exp.seed,
+        "dataset": exp.dataset,
+        "model": exp.model_name,
+    }
+
+
+def check_axis(key: str, full: dict[str, Any], where: str) -> None:
+    """Raise a UserError unless the dotted `key` names a setting in `full`."""
+    current: Any = full
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(current, dict) or part not in current:
+            allowed = sorted(current) if isinstance(current, dict) else "nothing below it"
+            at = ".".join(key.split(".")[:depth]) or "the experiment"
+            raise UserError(
+                f"no such setting: '{part}' in {at}",
+                where=where,
+                value=key,
+                allowed=allowed,
+                fix=(isinstance(current, dict) and closest(part, current)) or "use one of the above",
+            )
+        current = current[part]
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b.c`, v → {a: {b: {c: v}}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def with_settings(entry: Experiment, base: Resolved, over: dict[str, Any], where: str) -> Experiment:
+    """`entry` with the settings of one sweep point laid over it."""
+    values = entry.model_dump(by_alias=True, exclude_defaults=True)
+    for key in ("transform", "recipe"):
+        if key in over:
+            names = base.transform_settings if key == "transform" else {base.recipe_name: None}
+            given = values.get(key)
+            listed = given if isinstance(given, dict) else {name: {} for name in names}
+            over[key] = merge(listed, over[key])
+    return validate(Experiment, {**values, **over}, where)

@@ -1,0 +1,71 @@
+"""An experiment with every default filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from pipeline_lib.config.base import Settings
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.schema import Experiment, Model
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment with every default filled in.
+
+    Attributes:
+        transform: ordered settings, each with its `type`; [] is plain.
+        transform_settings: the same by preset name, as the user can override them.
+        recipe: the recipe's settings before its steps are resolved.
+    """
+
+    name: str
+    model_name: str
+    model: Model
+    transform: list[dict[str, Any]]
+    transform_settings: dict[str, Settings]
+    recipe_name: str
+    recipe: Settings
+    recipe_module: ModuleType
+    dataset: str | None
+    from_: str | None
+    teacher: str | None
+    losses: str | None
+    seed: int
+    tasks: list[str]
+    publish: str | None
+    run: dict[str, Any]
+
+    @property
+    def family(self) -> str:
+        """The architecture family of its model."""
+        return family_of(self.model)
+
+    @property
+    def has_random_faults(self) -> bool:
+        """Whether evaluations must be repeated over fault seeds."""
+        return any(getattr(settings, "random_faults", True) for settings in self.transform_settings.values())
+
+
+def family_of(model: Model) -> str:
+    """`bert` or `llama`."""
+    return "bert" if model.bert or (model.hub and model.hub.family == "bert") else "llama"
+
+
+def check_complete(entry: Experiment, module: ModuleType, recipe: str, has_weights: bool, where: str) -> None:
+    """Make sure that an experiment names what its recipe starts from and learns from.
+
+    Raises:
+        UserError: it does not.
+    """
+    given = {"from": has_weights, "teacher": entry.teacher is not None, "losses": entry.losses is not None}
+    for key in getattr(module, "NEEDS", ()):
+        if not given[key]:
+            raise UserError(
+                f"recipe {recipe} needs {'weights to start from' if key == 'from' else f'`{key}`'}",
+                where=f"{where}.{key}",
+                allowed="the name of an experiment",
+                fix="add `from:`, or use a hub model" if key == "from" else f"add `{key}:`",
+            )

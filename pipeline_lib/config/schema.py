@@ -1,0 +1,222 @@
+"""The shape of config.yaml. What a plug-in reads (a transform's p, a recipe's lr) is the plug-in's own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from pipeline_lib.config.base import Settings
+from pipeline_lib.config.models import Bert, Llama
+
+PluginSettings = dict[str, Any]
+
+
+class Run(Settings):
+    """How stages run. Nothing here changes a result, so nothing here is fingerprinted."""
+
+    gpus: int | None = Field(
+        default=None, ge=0, description="GPUs a node for training; fewer are used where fewer are present"
+    )
+    nodes: int | None = Field(default=None, ge=1, description="nodes for training")
+    cpu_processes: int | None = Field(default=None, ge=1, description="training processes on a machine without a GPU")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="sequences a rank a forward pass; the rest is accumulated"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of a stage")
+    mem_mb: int | None = Field(default=None, ge=1, description="memory of a training job, MB")
+    runtime_min: int | None = Field(default=None, ge=1, description="time limit of a training job, minutes")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int | None = Field(default=None, ge=1, description="checkpoints kept while training")
+    log_every: int | None = Field(default=None, ge=1, description="steps between log lines")
+    compile: bool | None = Field(default=None, description="torch.compile the training step")
+    activation_checkpointing: Literal["none", "selective", "full"] | None = Field(
+        default=None, description="recompute activations in backward"
+    )
+    eval_batch_size: int | None = Field(default=None, ge=1, description="sequences a forward pass in evaluation")
+
+
+class TrainedTokenizer(Settings):
+    """A byte-level BPE tokenizer trained on a dataset's train split."""
+
+    dataset: str = Field(description="name of a dataset")
+    vocab_size: int = Field(ge=259, le=2**20, description="entries of the vocabulary, special tokens included (≥ 259)")
+
+
+class Tokenizer(Settings):
+    """Trained here, or taken from the hub."""
+
+    train: TrainedTokenizer | None = Field(default=None, description="train one: {dataset, vocab_size}")
+    hub: str | None = Field(default=None, description="hub repository: owner/name")
+    revision: str = Field(default="main", description="branch, tag or commit on the hub")
+    vocab: int | None = Field(
+        default=None, ge=1, description="vocabulary size of the hub tokenizer (its embedding rows)"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if (self.train is None) == (self.hub is None):
+            raise ValueError("give exactly one of `train` and `hub`")
+        if self.hub is not None and self.vocab is None:
+            raise ValueError("a hub tokenizer needs `vocab`: planning counts parameters before anything is downloaded")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Entries of the vocabulary."""
+        return self.train.vocab_size if self.train else self.vocab or 0
+
+
+class Split(Settings):
+    """How documents are divided; by a hash of the document's id, so adding documents moves none."""
+
+    valid: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of validation documents")
+    test: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of test documents")
+
+
+class Dataset(Settings):
+    """Text with a pinned source and a fixed split."""
+
+    source: PluginSettings = Field(description="{type: pydocs | local | url | hub, …}")
+    split: Split = Field(default=Split(), description="{valid, test}")
+    bytes_per_token: float | None = Field(
+        default=None,
+        gt=0,
+        description="of a source larger than needed, fetch this many UTF-8 bytes for each token a training consumes",
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the split")
+
+
+class HubModel(Settings):
+    """A checkpoint on the hub; safetensors only."""
+
+    repo: str = Field(description="hub repository: owner/name")
+    revision: str = Field(default="main", description="branch, tag or commit")
+    family: Literal["llama", "bert"] = Field(default="llama", description="its architecture family")
+    parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
+
+
+class Model(Settings):
+    """An architecture at a size, or a hub checkpoint, with the defaults of experiments on it."""
+
+    llama: Llama | None = Field(default=None, description="a llama of these dimensions")
+    bert: Bert | None = Field(default=None, description="a BERT of these dimensions")
+    hub: HubModel | None = Field(default=None, description="a hub checkpoint: {repo, revision}")
+    tokenizer: str | None = Field(default=None, description="name of a tokenizer (a hub checkpoint brings its own)")
+    dataset: str | None = Field(default=None, description="name of the dataset it is trained on by default")
+    recipe: str | dict[str, PluginSettings] | None = Field(
+        default=None, description="a recipe's name, or {name: {setting: value}}"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of evaluation")
+    tasks: list[str] = Field(default=[], description="tasks that the target `all` evaluates")
+    run: Run = Field(default=Run(), description="how it runs, see `run`")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Model:
+        given = [name for name in ("llama", "bert", "hub") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of `llama`, `bert` and `hub`")
+        if self.hub is None and self.tokenizer is None:
+            raise ValueError("a model that is built from dimensions needs a `tokenizer`")
+        return self
+
+
+class Experiment(Settings):
+    """model × transform × recipe × dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    model: str | None = Field(default=None, description="name of a model; taken from `from` when that is given")
+    transform: str | dict[str, PluginSettings] | None = Field(
+        default=None, description="a transform's name, a composition a+b, or {name: {setting: value}} in order"
+    )
+    recipe: str | dict[str, PluginSettings] | None = Field(
+        default=None, description="a recipe's name, or {name: {setting: value}}"
+    )
+    dataset: str | None = Field(default=None, description="name of a dataset; default: the model's")
+    from_: str | None = Field(
+        default=None, alias="from", description="experiment whose checkpoint this one starts from"
+    )
+    teacher: str | None = Field(default=None, description="experiment or hub model whose outputs this one learns")
+    losses: str | None = Field(default=None, description="experiment whose per-example losses this one uses")
+    seed: int = Field(
+        default=0, ge=0, le=2**31 - 1, description="seed of initialisation, data order and training faults"
+    )
+    tasks: list[str] | None = Field(
+        default=None, description="tasks that the target `all` evaluates; default: the model's"
+    )
+    publish: str | None = Field(
+        default=None, description="hub repository to publish to: owner/name (only by the target results/publish/…)"
+    )
+    run: Run = Field(default=Run(), description="how it runs, see `run`")
+
+
+class Sweep(Settings):
+    """A grid over settings of an experiment, collected into one CSV."""
+
+    experiment: str = Field(description="name of the experiment that is varied")
+    task: str = Field(description="name of a task")
+    grid: dict[str, list[Any]] = Field(
+        min_length=1, description="{dotted setting: [values]}, e.g. transform.bitflip.weight.p_frac"
+    )
+
+
+class Table(Settings):
+    """Experiments arranged in rows and columns."""
+
+    task: str = Field(description="name of a task")
+    metric: str = Field(description="the task's metric, e.g. word_perplexity")
+    rows: list[str] = Field(min_length=1, description="headings of the rows")
+    columns: list[str] = Field(min_length=1, description="headings of the columns")
+    cells: list[list[str]] = Field(description="experiments, one list a row")
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Table:
+        if len(self.cells) != len(self.rows) or any(len(row) != len(self.columns) for row in self.cells):
+            raise ValueError(f"cells must be {len(self.rows)} lists of {len(self.columns)} experiments")
+        return self
+
+
+class Tracking(Settings):
+    """Where metrics go beside the JSONL that is always written."""
+
+    wandb: Literal["off", "offline", "online"] = Field(
+        default="offline", description="off, offline (sync later) or online"
+    )
+    project: str = Field(default="errata", description="wandb project")
+
+
+class Report(Settings):
+    """The HTML report."""
+
+    title: str = Field(default="Errata", description="heading")
+
+
+class Config(Settings):
+    """The whole of config.yaml."""
+
+    tokenizers: dict[str, Tokenizer] = Field(default={}, description="tokenizers by name")
+    datasets: dict[str, Dataset] = Field(default={}, description="datasets by name")
+    models: dict[str, Model] = Field(default={}, description="models by name")
+    transforms: dict[str, PluginSettings] = Field(
+        default={}, description="transforms by name, with their default settings"
+    )
+    recipes: dict[str, PluginSettings] = Field(
+        default={}, description="recipes by name, with settings other than the defaults"
+    )
+    tasks: dict[str, PluginSettings] = Field(default={}, description="tasks by name: {type, …}")
+    experiments: dict[str, Experiment | None] = Field(default={}, description="experiments by name")
+    sweeps: dict[str, Sweep] = Field(default={}, description="sweeps by name")
+    tables: dict[str, Table] = Field(default={}, description="tables by name")
+    fault_seeds: int = Field(
+        5, ge=1, le=1000, description="fault seeds an evaluation with random faults is repeated for"
+    )
+    run: Run = Field(default=Run(), description="defaults of how stages run")
+    tracking: Tracking = Field(default=Tracking(), description="wandb")
+    report: Report = Field(default=Report(), description="the HTML report")
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(Config.model_json_schema(), indent=1, sort_keys=True))
