@@ -1,0 +1,1 @@
+"""Model sizes, builders, hub loading, names, export."""

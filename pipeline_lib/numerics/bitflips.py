@@ -1,0 +1,233 @@
+"""Independent random bit flips of tensors of any 8-, 16- or 32-bit dtype, as a differentiable operation.
+
+The definition of the stream stands in `flip_reference`, the probabilities in `flip_plan`. On a CPU the numpy reference
+runs, on CUDA the Triton kernel of `flip_kernel`, which gives the same bits.
+
+With a zero-out threshold t an element x' after the flips is kept where |x'| < t and becomes 0 elsewhere, so NaN and
+infinity become 0; this holds for all elements, flipped or not. The gradient passes straight through the flips, and
+through the gate where the element was kept. No mask is stored: without a threshold backward needs nothing; with one it
+draws the mask again and applies it to the saved input, unless so few elements were zeroed that it remembers those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.numerics import flip_cpu as cpu
+from pipeline_lib.numerics.flip_plan import FlipPlan, float_plan, make_plan
+from pipeline_lib.numerics.flip_reference import Window
+from pipeline_lib.numerics.philox import int64
+
+__all__ = ["FlipPlan", "flip", "flip_", "make_plan", "plan_for"]
+
+_FEW = 64  # backward remembers which elements were zeroed out if they are fewer than 1 in 64, else it draws again
+
+
+def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: float | None = None) -> FlipPlan:
+    """The plan for a dtype: every bit flips with `p`, but sign and exponent bits of floats with `p_exp` if given,
+    and fraction bits with `p_frac` if given.
+
+    Raises:
+        UserError: a probability outside [0, 1] or in (0, 2^-50).
+        ValueError: a dtype that is no integer of 8, 16 or 32 bits, float32, float16 or bfloat16.
+    """
+    if dtype.is_floating_point:
+        name = str(dtype).removeprefix("torch.")
+        return float_plan(name, p if p_exp is None else p_exp, p if p_frac is None else p_frac)
+    if dtype.is_complex or dtype == torch.bool or dtype.itemsize not in cpu.SIGNED:
+        raise ValueError(
+            f"bits of {dtype} cannot flip; allowed: int8, int16, int32 and their like, and floats of 16, 32 bits"
+        )
+    bits = 8 * dtype.itemsize
+    return make_plan(bits, [(2**bits - 1, p)])
+
+
+def flip(
+    x: Tensor,
+    plan: FlipPlan,
+    key: Tensor,
+    first_row: Tensor | int = 0,
+    first_element: Tensor | int = 0,
+    *,
+    threshold: float | None = None,
+) -> Tensor:
+    """`x` with random bits flipped, in new memory (contiguous); `x` itself if nothing can change.
+
+    Args:
+        x: [rows, elements...], any stride; row i is row `first_row` + i of the stream.
+        plan: for elements of the width of `x`, from `plan_for` or `make_plan`.
+        key: 0-d int64, from `streams.step_key`.
+        first_row: 0-d int64 or int.
+        first_element: index within the row of each row's first element; 0-d int64 or int.
+        threshold: zero-out threshold for floating-point `x`, None for no gate.
+
+    Raises:
+        ValueError: a plan of another width, a 0-d tensor, a threshold that is negative or given for integers.
+    """
+    _check(x, plan, threshold)
+    if plan.is_identity and threshold is None:
+        return x
+    row = first_row if isinstance(first_row, Tensor) else int64(first_row, key)
+    element = first_element if isinstance(first_element, Tensor) else int64(first_element, key)
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
+        return _flip_op(x, key, row, element, plan.bits, plan.masks, plan.probabilities, threshold)
+    # Eager: the same two functions without the 50 µs that a Python-defined operator costs at each call.
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Flip.apply(x, key, row, element, plan, threshold)  # type: ignore[no-any-return]
+    return _flipped(x, key, row, element, plan, threshold)
+
+
+@torch.no_grad()
+def flip_(
+    x: Tensor, plan: FlipPlan, key: Tensor, first_row: Tensor | int = 0, first_element: Tensor | int = 0
+) -> Tensor:
+    """Flip the bits of `x` [rows, elements...] in place and return it; the same call again restores it bit for bit.
+
+    Not recorded by autograd: whoever flips a parameter in place flips it back before anyone else reads it.
+    """
+    _check(x, plan, None)
+    if plan.is_identity or x.numel() == 0:
+        return x
+    row = first_row if isinstance(first_row, Tensor) else int64(first_row, key)
+    element = first_element if isinstance(first_element, Tensor) else int64(first_element, key)
+    data = x.detach()
+    if not data.is_contiguous():
+        return x.copy_(_flipped(data, key, row, element, plan, None))
+    if data.device.type == "cuda":
+        from pipeline_lib.numerics.flip_kernel import flip_cuda_
+
+        flip_cuda_(data, key, row, element, plan)
+    else:
+        cpu.flip_in_place(data, _window(data, key, row, element), plan)
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def _check(x: Tensor, plan: FlipPlan, threshold: float | None) -> None:
+    if x.dtype.itemsize * 8 != plan.bits:
+        raise ValueError(f"a plan for elements of {plan.bits} bits cannot flip {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("bits flip in a tensor [rows, elements...], not in a 0-d one")
+    if threshold is not None and not (x.dtype.is_floating_point and threshold >= 0):
+        raise ValueError(f"zero-out threshold {threshold!r} for {x.dtype}: allowed is a number >= 0, for floats")
+
+
+class _Flip(torch.autograd.Function):
+    """The eager form of the operator: see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float | None
+    ) -> Tensor:
+        ctx.plan, ctx.threshold, ctx.dropped = plan, threshold, None
+        if threshold is None or x.device.type == "cuda":
+            out = _flipped(x, key, row, element, plan, threshold)
+        else:
+            out, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
+            if dropped.size <= x.numel() // _FEW:
+                ctx.dropped = dropped
+        if threshold is not None:  # also with `dropped`: checkpointing wants the same number every time
+            ctx.save_for_backward(x, key, row, element)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.dropped is not None:
+            grad = cpu.without(grad, ctx.dropped) if ctx.dropped.size else grad
+        elif ctx.threshold is not None:
+            x, key, row, element = ctx.saved_tensors
+            grad = _gated_gradient(grad, x, key, row, element, ctx.plan, ctx.threshold)
+        return grad, None, None, None, None, None
+
+
+@torch.library.custom_op("errata::flip", mutates_args=())
+def _flip_op(
+    x: Tensor,
+    key: Tensor,
+    row: Tensor,
+    element: Tensor,
+    bits: int,
+    masks: list[int],
+    probabilities: list[float],
+    threshold: float | None,
+) -> Tensor:
+    """The operator that `torch.compile` and fake tensors see."""
+    return _flipped(x, key, row, element, _plan(bits, masks, probabilities), threshold)
+
+
+@torch.library.custom_op("errata::flip_gradient", mutates_args=())
+def _flip_gradient_op(
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    row: Tensor,
+    element: Tensor,
+    bits: int,
+    masks: list[int],
+    probabilities: list[float],
+    threshold: float,
+) -> Tensor:
+    """grad * [|x'| < threshold] with x' drawn again."""
+    return _gated_gradient(grad, x, key, row, element, _plan(bits, masks, probabilities), threshold)
+
+
+@_flip_op.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_flip_gradient_op.register_fake
+def _(grad: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, key, row, element, *ctx.plan, ctx.threshold = inputs
+    if ctx.threshold is not None:
+        ctx.save_for_backward(x, key, row, element)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.threshold is not None:
+        grad = _flip_gradient_op(grad, *ctx.saved_tensors, *ctx.plan, ctx.threshold)
+    return grad, None, None, None, None, None, None, None
+
+
+_flip_op.register_autograd(_backward, setup_context=_save)
+
+
+def _plan(bits: int, masks: list[int], probabilities: list[float]) -> FlipPlan:
+    return make_plan(bits, list(zip(masks, probabilities, strict=True)))
+
+
+def _flipped(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float | None) -> Tensor:
+    """Forward on real tensors."""
+    if x.device.type == "cuda":
+        from pipeline_lib.numerics.flip_kernel import flip_cuda
+
+        out = flip_cuda(x, key, row, element, plan)
+        return out if threshold is None else torch.where(_kept(out, threshold), out, 0)
+    return cpu.flipped(x, _window(x, key, row, element), plan, threshold)[0]
+
+
+def _gated_gradient(
+    grad: Tensor, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float
+) -> Tensor:
+    """Backward on real tensors: the mask is drawn again."""
+    if x.device.type == "cuda":
+        return torch.where(_kept(_flipped(x, key, row, element, plan, None), threshold), grad.contiguous(), 0)
+    _, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
+    return cpu.without(grad, dropped)
+
+
+def _window(x: Tensor, key: Tensor, row: Tensor, element: Tensor) -> Window:
+    rows = x.shape[0]
+    return Window(int(key), int(row), rows, int(element), x.numel() // max(rows, 1))
+
+
+def _kept(x: Tensor, threshold: float) -> Tensor:
+    signed = cpu.SIGNED[x.dtype.itemsize]
+    return (x.view(signed) & torch.iinfo(signed).max) < cpu.threshold_bits(threshold, x.dtype)

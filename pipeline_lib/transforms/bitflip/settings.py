@@ -1,0 +1,124 @@
+"""Settings of `bitflip`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.numerics.flip_plan import probability_problem
+from pipeline_lib.transforms.patterns import SitePatterns, merge
+
+OPERANDS: dict[str, dict[str, str]] = {
+    "linear": {"weight": "weight", "input": "input"},
+    "embedding": {"weight": "embedding"},
+    "product": {"left": "left", "right": "right"},
+    "kv": {"key": "key", "value": "value"},
+}
+"""Kind of site -> role there -> the settings field with the operand's probabilities."""
+
+LAYERS: Any = {"*.layer*.*": {}}
+"""Everything inside the numbered layers of a llama (`model.layers.…`) or BERT (`bert.encoder.layer.…`)."""
+
+
+def _check_probability(p: float) -> float:
+    problem = probability_problem(p)
+    if problem:
+        raise ValueError(problem)
+    return p
+
+
+Probability = Annotated[float, AfterValidator(_check_probability)]
+
+
+class Operand(Base):
+    """What happens to one operand of an operation."""
+
+    p: Probability = Field(
+        default=0.0, description="probability that a bit flips, each time the operand is read: 0, or from 2^-50 to 1"
+    )
+    p_exp: Probability | None = Field(
+        default=None, description="instead of p, for the sign and exponent bits of a floating-point operand; null: as p"
+    )
+    p_frac: Probability | None = Field(
+        default=None, description="instead of p, for the fraction bits of a floating-point operand; null: as p"
+    )
+    zero_out: float | None = Field(
+        default=None,
+        ge=0,
+        description="zero-out threshold t, at least 0: after the flips, floating-point values that are not |x| < t, "
+        "NaN and infinity among them, become 0; null: no guard",
+    )
+
+    @property
+    def acts(self) -> bool:
+        """Whether it can change any value."""
+        return self.zero_out is not None or any((self.p, self.p_exp, self.p_frac))
+
+
+class Settings(Base):
+    """Random bit flips by operand; `sites` says where, and may change the operands by layer."""
+
+    type: Literal["bitflip"] = "bitflip"
+    weight: Operand = Field(
+        default_factory=Operand, description="the weight of a linear layer: p, p_exp, p_frac, zero_out"
+    )
+    input: Operand = Field(
+        default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, zero_out"
+    )
+    embedding: Operand | None = Field(default=None, description="the table of an embedding; null: left alone")
+    left: Operand | None = Field(
+        default=None, description="the left operand of an attention product (query; probabilities); null: left alone"
+    )
+    right: Operand | None = Field(
+        default=None, description="the right operand of an attention product (key; value); null: left alone"
+    )
+    key: Operand | None = Field(
+        default=None, description="keys as attention reads them from the KV cache; null: left alone"
+    )
+    value: Operand | None = Field(default=None, description="values as attention reads them; null: left alone")
+    sites: SitePatterns = LAYERS
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> Settings:
+        for pattern, overrides in self.sites:
+            try:
+                self.at(overrides or {})
+            except ValidationError as error:
+                raise _at_pattern(pattern, error) from None
+        return self
+
+    def kinds(self) -> frozenset[str]:
+        """The kinds of sites for which some pattern names an operand."""
+        everywhere = [self, *(self.at(overrides) for _, overrides in self.sites if overrides)]
+        return frozenset(
+            kind
+            for kind, operands in OPERANDS.items()
+            if any(getattr(settings, field) is not None for settings in everywhere for field in operands.values())
+        )
+
+    def at(self, overrides: dict[str, Any]) -> Settings:
+        """These settings with a pattern's overrides laid over them."""
+        if not overrides:
+            return self
+        return Settings.model_validate(merge(self.model_dump(exclude={"sites"}), overrides))
+
+    def operands(self, kind: str) -> dict[str, Operand]:
+        """The operands that may change at a site of this kind, by role."""
+        named = {role: getattr(self, field) for role, field in OPERANDS[kind].items()}
+        return {role: operand for role, operand in named.items() if operand is not None and operand.acts}
+
+
+def _at_pattern(pattern: str, error: ValidationError) -> ValidationError:
+    """The first error in the overrides of `pattern`, with its whole path."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        names = Operand.model_fields if len(first["loc"]) > 1 else Settings.model_fields
+        message = f"unknown key; known are {', '.join(sorted(names))}"
+    # The message is an argument and not the template: it may hold braces.
+    kind = PydanticCustomError("value_error", "{message}", {"message": message})
+    details = InitErrorDetails(type=kind, loc=("sites", pattern, *first["loc"]), input=first["input"])
+    return ValidationError.from_exception_data("Settings", [details])

@@ -1,0 +1,191 @@
+"""The functions of a composition at one site, run as store → faults → load → compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.transforms.base import ROLES, Compute, Draw, Fault, Function, Site, Store
+from pipeline_lib.transforms.context import FaultContext
+
+WHOLE = "value"  # the one stored part where a composition has no store
+
+
+class SiteFunctions:
+    """What a composition does at a site.
+
+    Args:
+        functions: (index of the entry in the composition, function), in the order of the composition.
+
+    Raises:
+        UserError: two stores or two computes, or a function for a role that the site does not have.
+    """
+
+    def __init__(self, site: Site, functions: Sequence[tuple[int, Function]], context: FaultContext) -> None:
+        self.site, self.context = site, context
+        stores = [function for _, function in functions if isinstance(function, Store)]
+        computes = [function for _, function in functions if isinstance(function, Compute)]
+        for name, found in (("store", stores), ("compute", computes)):
+            if len(found) > 1:
+                raise UserError(
+                    f"a composition may have one {name} at a site",
+                    where=site.name,
+                    value=" and ".join(type(function).__name__ for function in found),
+                    fix=f"exclude the site from all but one with `sites: {{{site.name}: null}}`",
+                )
+        for _, function in functions:
+            if not function.roles <= set(ROLES[site.kind]):
+                raise UserError(
+                    f"{type(function).__name__} acts on roles that a {site.kind} site does not have",
+                    where=site.name,
+                    value=sorted(function.roles),
+                    allowed=ROLES[site.kind],
+                    fix="correct the roles of the function",
+                )
+        self.store = stores[0] if stores else None
+        self.compute = computes[0] if computes else None
+        self.faults = [(index, function) for index, function in functions if isinstance(function, Fault)]
+        self._streams = {
+            (index, role, part): context.stream(site.name, f"{role}.{part}/{index}")
+            for index, fault in self.faults
+            for role in sorted(fault.roles)
+            for part in self._exposed(role)
+        }
+
+    def stateful(self) -> dict[str, nn.Module]:
+        """The functions that have state, by the name under which their module holds it."""
+        named = {
+            "store": self.store,
+            "compute": self.compute,
+            **{f"fault{index}": fault for index, fault in self.faults},
+        }
+        return {name: function for name, function in named.items() if isinstance(function, nn.Module)}
+
+    def functions(self) -> list[Function]:
+        """All functions, in the order they run."""
+        faults = [fault for _, fault in self.faults]
+        return [f for f in (self.store, *faults, self.compute) if f is not None]
+
+    def holds(self, role: str) -> bool:
+        """Whether anything happens to this operand before the operands meet."""
+        return (self.store is not None and role in self.store.roles) or self.is_faulty(role)
+
+    def is_faulty(self, role: str) -> bool:
+        """Whether a fault acts on this operand."""
+        return any(role in fault.roles for _, fault in self.faults)
+
+    def activation(self, value: Tensor, role: str, first_position: Tensor | int = 0) -> Tensor:
+        """`value` as it is loaded.
+
+        Args:
+            value: [sequences, positions, features…], or [sequences, features] of one position.
+            first_position: position of value[:, 0].
+        """
+        if not self.holds(role):
+            return value
+        stored = self.encode(value, role)
+        positions = value.shape[1] if value.ndim > 2 else None
+        for index, fault, part in self._faulty_parts(role):
+            tensor = stored[part]
+            # Draws count elements position by position, so that a token's own do not depend on what else is there.
+            per_position = prod(tensor.shape[2:]) if positions is not None and _has(tensor, positions) else 0
+            draw = self.context.activation(self._streams[index, role, part], tensor, first_position * per_position)
+            stored[part] = fault(tensor, role, draw)
+        return self.decode(value, stored, role)
+
+    def probabilities(self, value: Tensor, role: str, first_position: Tensor | int, span: int) -> Tensor:
+        """`activation` for attention probabilities, whose rows grow with the sequence.
+
+        The element (query, key, head) has index (query·span + key)·heads + head in its sequence's row, whatever
+        the number of keys present: neither padding nor decoding token by token moves a draw.
+
+        Args:
+            value: [sequences, queries, keys, heads].
+            first_position: position of value[:, 0].
+            span: most positions a sequence can have.
+        """
+        if not self.holds(role):
+            return value
+        stored = self.encode(value, role)
+        for index, fault, part in self._faulty_parts(role):
+            tensor = stored[part]
+            stream = self._streams[index, role, part]
+            keys = value.shape[2] if tensor.ndim > 2 and _has(tensor, value.shape[1]) else 0
+            per_row = prod(tensor.shape[2:])
+            if keys and tensor.shape[2] == keys:
+                per_row = span * prod(tensor.shape[3:])
+
+            def draw(query: int, stream: int = stream, tensor: Tensor = tensor, per_row: int = per_row) -> Draw:
+                return self.context.activation(stream, tensor, (first_position + query) * per_row)
+
+            if per_row == prod(tensor.shape[2:]):
+                stored[part] = fault(tensor, role, draw(0))
+            elif span <= 4 * keys:
+                padded = nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 3) + (0, span - keys))
+                stored[part] = fault(padded, role, draw(0))[:, :, :keys]
+            else:
+                rows = [fault(tensor[:, query], role, draw(query)) for query in range(tensor.shape[1])]
+                stored[part] = torch.stack(rows, dim=1)
+        return self.decode(value, stored, role)
+
+    def weight(self, stored: dict[str, Tensor], value: Tensor, role: str, first_sequence: int = 0) -> Tensor:
+        """The weight as the virtual device of sequence `first_sequence` of the batch loads it.
+
+        Args:
+            stored: what `encode(value, role)` gave.
+        """
+        faulty = dict(stored)
+        for index, fault, part in self._faulty_parts(role):
+            tensor = faulty[part].unsqueeze(0)
+            draw = self.context.weight(self._streams[index, role, part], tensor, first_sequence)
+            faulty[part] = fault(tensor, role, draw).squeeze(0)
+        return self.decode(value, faulty, role)
+
+    def encode(self, value: Tensor, role: str) -> dict[str, Tensor]:
+        """The stored tensors of an operand; {"value": value} where nothing stores it."""
+        if self.store is None or role not in self.store.roles:
+            return {WHOLE: value}
+        packed = self.store.packed(role)
+        if packed is not None:
+            return dict(packed)
+        return dict(self.store.encode(value.detach() if self.store.straight_through else value, role))
+
+    def decode(self, value: Tensor, stored: dict[str, Tensor], role: str) -> Tensor:
+        """The operand from its stored tensors, with its gradient led back to `value`."""
+        if self.store is None or role not in self.store.roles:
+            return stored[WHOLE]
+        loaded = self.store.decode(stored, role)
+        if self.store.straight_through and value.requires_grad:
+            return _StraightThrough.apply(value, loaded)
+        return loaded
+
+    def _exposed(self, role: str) -> tuple[str, ...]:
+        if self.store is None or role not in self.store.roles:
+            return (WHOLE,)
+        return self.store.parts if self.store.exposed is None else self.store.exposed
+
+    def _faulty_parts(self, role: str) -> list[tuple[int, Fault, str]]:
+        return [
+            (index, fault, part) for index, fault in self.faults if role in fault.roles for part in self._exposed(role)
+        ]
+
+
+def _has(tensor: Tensor, positions: int) -> bool:
+    return tensor.ndim > 1 and tensor.shape[1] == positions
+
+
+class _StraightThrough(torch.autograd.Function):
+    """loaded forward; backward, the whole gradient to both the value and whatever `loaded` was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loaded: Tensor) -> Tensor:
+        return loaded.view_as(loaded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], gradients[0]

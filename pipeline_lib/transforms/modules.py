@@ -1,0 +1,117 @@
+"""Modules that are re-classed in place: their parameters, names and hooks stay, only `forward` changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.transforms.attention import AttentionSites
+from pipeline_lib.transforms.compose import SiteFunctions
+
+
+class LinearAtSite:
+    """Mixin before a class derived from `nn.Linear`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    functions_at_site: SiteFunctions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[sequences, positions, in] or [sequences, in] -> the same with `out` features."""
+        functions = self.functions_at_site
+        context = functions.context
+        first = context.position
+        if context.tokens is not None and input.ndim > 2:
+            first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
+        input = functions.activation(input, "input", first)
+        return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
+
+    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
+        compute = self.functions_at_site.compute
+        return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
+
+
+class EmbeddingAtSite:
+    """Mixin before a class derived from `nn.Embedding`."""
+
+    weight: nn.Parameter
+    padding_idx: int | None
+    functions_at_site: SiteFunctions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [sequences, …] -> [sequences, …, features]."""
+        functions = self.functions_at_site
+        shared = functions.site.name.endswith("position_embeddings")
+        if shared and functions.context.fault_devices > 1 and functions.is_faulty("weight"):
+            raise UserError(
+                "position embeddings are looked up once for all sequences and cannot differ between virtual devices",
+                where=functions.site.name,
+                fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
+            )
+        return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
+
+    def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
+        compute = self.functions_at_site.compute
+        return F.embedding(ids, weight, self.padding_idx) if compute is None else compute(ids, weight)
+
+
+class InnerAttentionAtSites:
+    """Mixin before torchtitan's wrapper of scaled dot product attention."""
+
+    attention_sites: AttentionSites
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """q [B, heads, T, D], k and v [B, kv_heads, T, D] -> [B, heads, T, D]."""
+        k, v = self.attention_sites.read(q, k, v)
+        if not self.attention_sites.is_explicit:
+            return super().forward(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)  # type: ignore[misc]
+        factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+        return self.attention_sites.attend(q, k, v, mask=None, scale=factor, is_causal=is_causal)[0]
+
+
+def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any) -> Tensor:
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads."""
+    if not functions.holds("weight"):
+        return meet(operand, weight)
+    stored = functions.encode(weight, "weight")
+    pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
+    if pieces == 1:
+        return meet(operand, functions.weight(stored, weight, "weight"))
+    size = operand.shape[0] // pieces
+    return torch.cat(
+        [
+            meet(part, functions.weight(stored, weight, "weight", index * size))
+            for index, part in enumerate(operand.split(size))
+        ]
+    )
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def reclass(module: nn.Module, mixin: type) -> None:
+    """Give `module` the class of `mixin` over its own."""
+    original = type(module)
+    key = (mixin, original)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(f"Transformed{original.__name__}", (mixin, original), {})
+    module.__class__ = _CLASSES[key]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `reclass`."""
+    original = {made: original for (_, original), made in _CLASSES.items()}
+    module.__class__ = original[type(module)]
