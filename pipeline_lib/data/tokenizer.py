@@ -1,0 +1,146 @@
+"""Tokenizers: byte-level BPE trained here, or taken from the hub; both end as the same two files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline_lib.artifacts.files import read_json, write_json
+from pipeline_lib.artifacts.job import Job
+from pipeline_lib.artifacts.progress import say
+from pipeline_lib.config.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+TRAINED_ON_BYTES = 256 * 2**20  # of text at most: a larger sample no longer changes common merges, but costs memory
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+
+
+def build(job: Job) -> None:
+    """Make the tokenizer artifact: tokenizer.json, tokenizer_config.json, info.json.
+
+    Raises:
+        UserError: the hub repository has no fast tokenizer, or nothing that ends a document.
+    """
+    if "train" in job.settings:
+        tokenizer = train(job.inputs["dataset"], job.settings["train"]["vocab_size"])
+        special: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    else:
+        tokenizer, special = from_hub(job.inputs["asset"] / "files", job.settings["hub"]["repo"])
+    tokenizer.save(str(job.out / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    # Plain, as transformers wants it: not wrapped in result and provenance.
+    write_json(job.out / "tokenizer_config.json", config)
+    ids = {role: tokenizer.token_to_id(special[f"{role}_token"]) for role in ("bos", "eos", "pad")}
+    write_json(job.out / "info.json", {"result": {"vocab_size": size(tokenizer), **ids}, "provenance": {}})
+
+
+def size(tokenizer: Tokenizer) -> int:
+    """Rows an embedding needs for it: the largest id and one more."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def train(dataset: Path, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with `vocab_size` entries, special tokens included, from the train split.
+
+    The pieces that are merged within are those of GPT-2 (words with their leading space, numbers, signs);
+    every byte has an entry, so any text can be written. The same documents give the same tokenizer.
+
+    Raises:
+        UserError: no room for the 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    least = len(alphabet) + len((BOS, EOS, PAD))
+    if vocab_size < least:
+        raise UserError(
+            "too small a vocabulary", where="tokenizer", value=vocab_size, allowed=f"≥ {least}", fix="raise vocab_size"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
+    if size(tokenizer) < vocab_size:
+        say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
+    return tokenizer
+
+
+def _texts(dataset: Path, limit: int) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    taken = 0
+    for path in sorted(dataset.glob("train-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                for text in file.read_row_group(group, columns=["text"])["text"].to_pylist():
+                    yield text
+                    taken += len(text.encode())
+                    if taken >= limit:
+                        return
+
+
+def from_hub(files: Path, repo: str) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer in a hub repository's files, and the special tokens and limits it declares.
+
+    A model without `bos` or `eos` but with `cls` and `sep` (BERT) uses those; without `pad`, `eos` pads.
+
+    Raises:
+        UserError: no tokenizer.json, or no token that could end a document.
+    """
+    from tokenizers import Tokenizer
+
+    path = files / "tokenizer.json"
+    if not path.exists():
+        raise UserError(
+            "has no tokenizer.json (a fast tokenizer)",
+            where=f"models/{repo}",
+            value=sorted(p.name for p in files.rglob("*") if p.is_file()),
+            fix="choose a repository whose tokenizer is stored as tokenizer.json",
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    declared = {**_json(files / "special_tokens_map.json"), **_json(files / "tokenizer_config.json")}
+    kept = {key: declared[key] for key in ("model_max_length", "chat_template") if key in declared}
+    tokens = {role: _content(declared.get(f"{role}_token")) for role in ROLES}
+    tokens["bos"] = tokens["bos"] or tokens["cls"]
+    tokens["eos"] = tokens["eos"] or tokens["sep"]
+    tokens["pad"] = tokens["pad"] or tokens["eos"]
+    if tokens["eos"] is None:
+        raise UserError(
+            "declares neither eos_token nor sep_token", where=f"models/{repo}", fix="choose another tokenizer"
+        )
+    for role, token in tokens.items():
+        if token is not None and tokenizer.token_to_id(token) is None:
+            raise UserError(f"its {role}_token is not in its vocabulary", where=f"models/{repo}", value=token)
+    tokens["bos"] = tokens["bos"] or tokens["eos"]
+    return tokenizer, {**kept, **{f"{role}_token": token for role, token in tokens.items() if token is not None}}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _content(token: Any) -> str | None:
+    """A special token as text; repositories write it as a string or as an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def load(artifact: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of an artifact, and {vocab_size, bos, eos, pad} as ids.
+
+    It reads the names of special tokens in a text as plain text: only packing sets document boundaries.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, json.loads((artifact / "info.json").read_text())["result"]

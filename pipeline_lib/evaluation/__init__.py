@@ -1,0 +1,1 @@
+"""Task families and the runner that evaluates a transformed model."""

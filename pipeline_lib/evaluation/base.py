@@ -1,0 +1,65 @@
+"""What a task type supplies, and what one run of it yields. Imports no torch.
+
+A task type is a module in `pipeline_lib.evaluation.tasks` (or an entry point) with::
+
+    class Settings(pipeline_lib.config.base.Settings)   # the entry under `tasks:` in config.yaml
+    def needs(settings) -> list[dict]                    # hub files that the assets stage must fetch
+    def refuses(settings, model_family) -> str | None    # why it makes no sense for a family, told while planning
+    def open_task(settings, inputs, scratch) -> Task     # data loaded, offline, ready to run on many models
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline_lib.transforms.context import FaultContext
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation.
+
+    Attributes:
+        model: in evaluation mode, on its device, already transformed.
+        tokenizer: the checkpoint's own.
+        context: says where in the fault streams a forward pass stands; None for a model without transforms.
+        batch_size: sequences a forward pass; changes speed and rounding, never a fault.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: FaultContext | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of a task on one model.
+
+    Attributes:
+        metrics: by name; a broken model may well score infinity or NaN.
+        sampling_stderr: the evaluator's own standard error over documents, where it gives one.
+        n_samples: documents evaluated.
+        conditions: what must be alike in runs that are compared: versions, few-shot, a digest of every request.
+        record: the evaluator's own JSON, verbatim but for `host`.
+        host: its date, time and host fields.
+    """
+
+    metrics: dict[str, float]
+    sampling_stderr: dict[str, float]
+    n_samples: int
+    conditions: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A task with its data loaded."""
+
+    def run(self, subject: Subject, seed: int) -> Outcome:
+        """Evaluate one model. `seed` moves everything random but faults: few-shot examples, sampling."""
+        ...

@@ -1,0 +1,283 @@
+"""Evaluation of a checkpoint under transforms: one arm, or many settings in one process."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline_lib.artifacts.files import read_json, sha256_file, write_json
+from pipeline_lib.artifacts.progress import Progress, say
+from pipeline_lib.artifacts.store import SEAL, read_seal
+from pipeline_lib.config.fingerprint import canonical, fingerprint
+from pipeline_lib.config.registry import TASK_TYPES
+from pipeline_lib.evaluation.base import Outcome, Subject, Task
+from pipeline_lib.evaluation.offline import go_offline
+from pipeline_lib.evaluation.statistics import encode, summarise
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An evaluated arm.
+
+    Attributes:
+        result: what is compared: metrics, the settings they belong to, what the transform replaced.
+        provenance: timings, device, and the evaluator's own date, time and host fields.
+        evaluator: {fault seed or "clean": the evaluator's JSON, verbatim but for those fields}.
+    """
+
+    result: dict[str, Any]
+    provenance: dict[str, Any]
+    evaluator: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One setting of a checkpoint: settings as in a spec of `evaluate`, inputs without the checkpoint.
+
+    `work`, if given, keeps what is done so far: the same cell then goes on from there after a kill.
+    """
+
+    id: str
+    settings: dict[str, Any]
+    inputs: dict[str, Path] = field(default_factory=dict)
+    work: Path | None = None
+
+
+def evaluate_cells(
+    checkpoint: Path,
+    cells: Iterable[CellSpec],
+    publish: Callable[[str, Arm], None],
+    execution: Mapping[str, Any] | None = None,
+) -> None:
+    """Evaluate many settings of one checkpoint in one process; `publish` gets each cell as soon as it is done.
+
+    Weights, imports and task data are loaded once.
+
+    Args:
+        checkpoint: an artifact that holds a Hugging Face checkpoint.
+        execution: `eval_batch_size`, `threads`.
+    """
+    session = Session()
+    for cell in cells:
+        arm = session.evaluate(cell.settings, {**cell.inputs, "checkpoint": checkpoint}, cell.work, execution or {})
+        publish(cell.id, arm)
+
+
+@cache
+def shared_session() -> Session:
+    """The session of this process."""
+    return Session()
+
+
+class Session:
+    """Evaluates arms one after the other and keeps the last checkpoint and all task data in memory."""
+
+    def __init__(self) -> None:
+        go_offline()
+        self._checkpoint: _Checkpoint | None = None
+        self._tasks: dict[str, Task] = {}
+        # Datasets are memory-mapped from here, so it lives as long as they do.
+        self._scratch = tempfile.TemporaryDirectory(prefix="errata-evaluate-")
+
+    def evaluate(
+        self, settings: Mapping[str, Any], inputs: Mapping[str, Path], work: Path | None, execution: Mapping[str, Any]
+    ) -> Arm:
+        """One arm: the checkpoint under `settings.transform`, once for every fault seed.
+
+        Args:
+            settings: of the stage `evaluate`: task, transform, fault_seeds, seed, dtype.
+            inputs: checkpoint, and what the task needs.
+            work: keeps finished seeds, to go on from after a kill.
+            execution: `eval_batch_size`, `threads`; change speed only.
+        """
+        task = self._task(settings["task"], inputs)
+        checkpoint = self._load(inputs["checkpoint"], settings["dtype"], execution)
+        transform = settings["transform"]
+        seeds: list[int | None] = list(settings["fault_seeds"]) or [0] if transform else [None]
+        batch_size = int(execution.get("eval_batch_size") or DEFAULT_BATCH_SIZE)
+        notes = _Notes(work, fingerprint({"settings": dict(settings), "inputs": _identities(inputs)}))
+        outcomes: dict[str, Outcome] = {}
+        seconds: dict[str, float] = {}
+        with checkpoint.under(transform) as model, Progress("evaluate", len(seeds), "runs") as progress:
+            for seed in seeds:
+                key, start = "clean" if seed is None else f"seed-{seed}", time.monotonic()
+                found = notes.read(key)
+                if found is None:
+                    subject = Subject(model.module, checkpoint.tokenizer, model.at(seed), batch_size)
+                    found = task.run(subject, settings["seed"])
+                    notes.write(key, found)
+                outcomes[key], seconds[key] = found, round(time.monotonic() - start, 3)
+                progress.update()
+            report = model.report
+        result = _result(settings, _identities(inputs), outcomes, report)
+        provenance = {
+            "seconds": seconds,
+            "device": str(checkpoint.device),
+            "batch_size": batch_size,
+            "evaluator": {key: outcome.host for key, outcome in outcomes.items()},
+        }
+        return Arm(result, provenance, {key: outcome.record for key, outcome in outcomes.items()})
+
+    def _task(self, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Task:
+        folders = {role: str(path.resolve()) for role, path in inputs.items() if role != "checkpoint"}
+        key = canonical({"task": dict(settings), "inputs": folders})
+        if key not in self._tasks:
+            scratch = Path(self._scratch.name) / str(len(self._tasks))
+            scratch.mkdir()
+            module = TASK_TYPES.load(settings["type"], "task.type")
+            self._tasks[key] = module.open_task(settings, inputs, scratch)
+        return self._tasks[key]
+
+    def _load(self, artifact: Path, dtype: str, execution: Mapping[str, Any]) -> _Checkpoint:
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        if execution.get("threads"):
+            torch.set_num_threads(int(execution["threads"]))
+        key = (artifact.resolve(), dtype)
+        if self._checkpoint is None or self._checkpoint.key != key:
+            self._checkpoint = None  # frees the last one before the next is loaded
+            self._checkpoint = _Checkpoint(artifact, dtype)
+        return self._checkpoint
+
+
+class _Checkpoint:
+    """Weights as they lie on disk, on the device of the evaluation."""
+
+    def __init__(self, artifact: Path, dtype: str) -> None:
+        import torch
+
+        from pipeline_lib.models.checkpoint import checkpoint_directory, load_model, load_tokenizer, load_transform
+
+        directory = checkpoint_directory(artifact)
+        self.key = (artifact.resolve(), dtype)
+        self.device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = load_model(directory, dtype).to(self.device)  # type: ignore[arg-type]
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
+        _, self.added = load_transform(directory)
+
+    def under(self, transform: list[dict[str, Any]]) -> _Transformed:
+        """The model under a transform; the weights themselves are shared, not copied."""
+        return _Transformed(self, transform)
+
+
+class _Transformed:
+    """A copy of a checkpoint's modules on the same weights, so that no arm leaves anything behind for the next."""
+
+    def __init__(self, checkpoint: _Checkpoint, transform: list[dict[str, Any]]) -> None:
+        self._parameters: list[torch.Tensor] = list(checkpoint.model.parameters())
+        self._versions = [parameter._version for parameter in self._parameters]
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in self._parameters}
+        self.module: PreTrainedModel = copy.deepcopy(checkpoint.model, memo)
+        self.report: dict[str, Any] = {}
+        self._context = None
+        if transform:
+            from pipeline_lib.transforms.apply import apply
+            from pipeline_lib.transforms.state import load_transform_state, transform_state
+
+            applied = apply(self.module, transform, seed=0)
+            self._context, self.report = applied.context, applied.report
+            if checkpoint.added and transform_state(self.module):
+                load_transform_state(self.module, checkpoint.added)
+
+    def at(self, seed: int | None) -> Any:
+        """The fault context, on the streams of a seed; None without a transform."""
+        if self._context is not None and seed is not None:
+            self._context.reseed(seed)
+        return self._context
+
+    def __enter__(self) -> _Transformed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if [parameter._version for parameter in self._parameters] != self._versions:
+            raise RuntimeError("a transform wrote to the weights of the checkpoint it was evaluated on")
+
+
+class _Notes:
+    """Finished runs in the work dir; damaged or foreign ones are not believed."""
+
+    def __init__(self, folder: Path | None, mark: str) -> None:
+        self._folder, self._mark = folder, mark
+
+    def read(self, key: str) -> Outcome | None:
+        path = self._folder / f"{key}.json" if self._folder else None
+        if path is None or not path.exists():
+            return None
+        try:
+            note = read_json(path)
+            if note["mark"] == self._mark and note["sha256"] == _sha256(note["outcome"]):
+                values = note["outcome"]
+                numbers = {name: float(value) for name, value in values["metrics"].items()}
+                return Outcome(**{**values, "metrics": numbers})
+        except (ValueError, KeyError, TypeError):
+            pass
+        say(f"{path} is damaged or of another evaluation; this run is made again")
+        return None
+
+    def write(self, key: str, outcome: Outcome) -> None:
+        if self._folder is None:
+            return
+        values = {**vars(outcome), "metrics": {name: encode(value) for name, value in outcome.metrics.items()}}
+        write_json(self._folder / f"{key}.json", {"mark": self._mark, "sha256": _sha256(values), "outcome": values})
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def _identities(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """What each input is: its artifact's fingerprint; of a folder that is no artifact, a hash of its files."""
+    return {role: _identity(path.resolve()) for role, path in sorted(inputs.items())}
+
+
+@cache
+def _identity(path: Path) -> str:
+    if (path / SEAL).exists():
+        return read_seal(path)["spec"]["fingerprint"]
+    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in path.rglob("*") if file.is_file()}
+    return fingerprint(files)
+
+
+def _result(
+    settings: Mapping[str, Any], inputs: dict[str, str], outcomes: dict[str, Outcome], report: dict[str, Any]
+) -> dict[str, Any]:
+    runs = list(outcomes.values())
+    first = runs[0]
+    if any((run.n_samples, run.conditions) != (first.n_samples, first.conditions) for run in runs):
+        raise RuntimeError("the runs of one arm saw different requests")
+    metrics = {}
+    for name in first.metrics:
+        sampling = [run.sampling_stderr[name] for run in runs if name in run.sampling_stderr]
+        metrics[name] = {
+            **summarise([run.metrics[name] for run in runs]),
+            "sampling_stderr": sum(sampling) / len(sampling) if sampling else None,
+        }
+    return {
+        "task": dict(settings["task"]),
+        "transform": settings["transform"],
+        "fault_seeds": [] if "clean" in outcomes else [int(key.removeprefix("seed-")) for key in outcomes],
+        "seed": settings["seed"],
+        "dtype": settings["dtype"],
+        "inputs": inputs,
+        "n_samples": first.n_samples,
+        "conditions": first.conditions,
+        "metrics": metrics,
+        "transform_report": report,
+    }

@@ -1,0 +1,1 @@
+"""One file a task type; tasks of ours as YAML beside the code."""

@@ -1,0 +1,1 @@
+"""Tables, sweeps, plots and the HTML report."""

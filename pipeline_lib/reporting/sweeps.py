@@ -1,0 +1,107 @@
+"""Sweeps: from evaluated points to one CSV, and back for plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline_lib.config.errors import UserError, closest
+from pipeline_lib.reporting.numbers import Measured
+from pipeline_lib.reporting.tables import to_csv
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A sweep: `points[i]` holds the values of `axes` and the metrics of one point; axis values are JSON values."""
+
+    axes: list[str]
+    metrics: list[str]
+    points: list[tuple[list[Any], dict[str, Measured]]]
+
+    def csv(self) -> str:
+        """Axis columns, then `<metric>`, `<metric>_stderr`, `<metric>_n` for each metric."""
+        header = [*self.axes, *(f"{name}{end}" for name in self.metrics for end in ("", "_stderr", "_n"))]
+        lines: list[list[Any]] = [header]
+        for values, metrics in self.points:
+            figures = [
+                part for name in self.metrics for part in (metrics[name].mean, metrics[name].stderr, metrics[name].n)
+            ]
+            lines.append([*map(_plain, values), *figures])
+        return to_csv(lines)
+
+
+def make_sweep(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    arms: Sequence[dict[str, Any]],
+    metrics: Sequence[str] | None = None,
+) -> SweepTable:
+    """The table of a sweep.
+
+    Args:
+        columns: the settings that vary.
+        rows: their values, one list a point.
+        arms: `result` of each point's evaluation.
+        metrics: the metrics to keep; None = all.
+
+    Raises:
+        UserError: the points are of different tasks, or have no such metric.
+    """
+    known = sorted(arms[0]["metrics"])
+    chosen = list(metrics) if metrics is not None else known
+    for name in chosen:
+        if name not in known:
+            raise UserError("the task has no such metric", value=name, allowed=known, fix=closest(name, known))
+    for arm in arms:
+        if arm["task"] != arms[0]["task"] or sorted(arm["metrics"]) != known:
+            raise UserError("the points of a sweep are of different tasks", value=[arms[0]["task"], arm["task"]])
+    points = [
+        (list(values), {name: _over_seeds(arm["metrics"][name]) for name in chosen})
+        for values, arm in zip(rows, arms, strict=True)
+    ]
+    return SweepTable(list(columns), chosen, points)
+
+
+def read_sweep(text: str) -> SweepTable:
+    """The sweep in a CSV that `SweepTable.csv` wrote."""
+    header, *lines = list(csv.reader(io.StringIO(text)))
+    known = set(header)
+    metrics = [name for name in header if {f"{name}_stderr", f"{name}_n"} <= known]
+    axes = header[: header.index(metrics[0])]
+    points = []
+    for line in lines:
+        cell = dict(zip(header, line, strict=True))
+        figures = {
+            name: Measured(
+                float(cell[name]), float(error) if (error := cell[f"{name}_stderr"]) else None, int(cell[f"{name}_n"])
+            )
+            for name in metrics
+        }
+        points.append(([_value(cell[axis]) for axis in axes], figures))
+    return SweepTable(axes, metrics, points)
+
+
+def _over_seeds(figures: dict[str, Any]) -> Measured:
+    return Measured.of({**figures, "sampling_stderr": None})
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (float, str)) and not _reads_as_json(value) else json.dumps(value, sort_keys=True)
+
+
+def _reads_as_json(value: Any) -> bool:
+    """Whether a string would be taken for a number, list or null when it is read back."""
+    return isinstance(value, str) and not isinstance(_value(value), str)
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Three engines and the recipes that hook into them."""

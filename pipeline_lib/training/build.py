@@ -1,0 +1,118 @@
+"""From a training job to its model: weights, transform, faults, memory-saving, compilation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline_lib.artifacts.files import read_json
+from pipeline_lib.artifacts.job import Job
+from pipeline_lib.artifacts.progress import say
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.training.distributed import rank
+
+if TYPE_CHECKING:
+    from pipeline_lib.transforms.apply import Applied
+
+
+def initial_model(job: Job) -> nn.Module:
+    """The Hugging Face model a training starts from, fp32 on the CPU: `init`'s weights, or fresh ones from the seed.
+
+    Raises:
+        UserError: a hub model without its files, or a model that does not fit the data.
+    """
+    model = _built(job)
+    _fits(job, model)
+    return model
+
+
+def _built(job: Job) -> nn.Module:
+    from pipeline_lib.models.checkpoint import checkpoint_directory, load_model
+
+    model, seed = job.settings["model"], job.settings["seed"]
+    if "init" in job.inputs:
+        return load_model(checkpoint_directory(job.inputs["init"]), "float32")
+    if model["family"] == "llama":
+        return _fresh_llama(model, seed)
+    if model["family"] == "bert":
+        from pipeline_lib.models import bert
+
+        torch.manual_seed(seed)
+        return bert.build(model)
+    raise UserError("a hub model needs its files", where=f"{job.label}.model", value=model, fix="give the input `init`")
+
+
+def _fits(job: Job, model: Any) -> None:
+    """The model must know every token of the data and every position of a sequence."""
+    vocab = read_json(job.inputs["tokens"] / "tokens.json")["result"]["vocab_size"]
+    known = model.get_input_embeddings().num_embeddings
+    if vocab > known:
+        raise UserError(
+            "the data has more token types than the model's vocabulary",
+            where=f"{job.label}: model",
+            value=known,
+            allowed=f"at least {vocab}",
+            fix="train and tokenise with the same tokenizer",
+        )
+    length, span = job.settings["recipe"]["seq_len"], model.config.max_position_embeddings
+    if length > span:
+        raise UserError(
+            "sequences are longer than the model has positions",
+            where=f"{job.label}: recipe.seq_len",
+            value=length,
+            allowed=f"at most {span}",
+            fix="lower seq_len",
+        )
+
+
+def _fresh_llama(model: dict[str, Any], seed: int) -> nn.Module:
+    from pipeline_lib.models import llama
+    from pipeline_lib.models.initial import initial_weight
+
+    built = llama.build(model)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            parameter.copy_(initial_weight(name, tuple(parameter.shape), model["dim"], seed))
+    return built
+
+
+def apply_transform(job: Job, model: nn.Module) -> Applied:
+    """Give the model the job's transform, its faults keyed by the job's seed and global batch."""
+    from pipeline_lib.transforms.apply import apply
+
+    recipe = job.settings["recipe"]
+    return apply(
+        model,
+        job.settings["transform"],
+        seed=job.settings["seed"],
+        global_batch=recipe["global_batch"],
+        fault_devices=recipe["fault_devices"],
+    )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a transformer, in order: the units of sharding and compilation."""
+    return [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
+
+
+def save_memory(model: Any, how: str) -> None:
+    """Recompute activations in the backward pass, or keep them (`none`); this never changes results.
+
+    Hugging Face models recompute whole layers, so `selective` is `full` here, and that is said.
+    """
+    if how == "none":
+        return
+    if how == "selective" and rank() == 0:
+        say("activation_checkpointing: this engine knows no `selective`; it recomputes whole layers (full)")
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name before was gradient_checkpointing_enable
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass: bf16 matrix products, or plain fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,251 @@
+"""The engine `loop`: our own training loop, for recipes that change more than the loss.
+
+One process trains plainly; several shard the model with FSDP2. Each step: batch → select → loss →
+backward → optimizer → after_step → budget. Losses stay per example until they are divided by the number
+of targets of the whole step, over all ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from pipeline_lib.artifacts.job import Job
+from pipeline_lib.artifacts.progress import say
+from pipeline_lib.config.errors import Stopped, UserError
+from pipeline_lib.data.tokens import BatchLoader, TokenShards
+from pipeline_lib.training import distributed
+from pipeline_lib.training.batching import Sharing, micro_seed
+from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
+from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
+from pipeline_lib.training.hooks import Batch
+from pipeline_lib.training.losses import count_targets
+from pipeline_lib.training.memory import peak_memory
+from pipeline_lib.training.metrics import MetricsLog
+from pipeline_lib.training.outcome import Tail, publish
+from pipeline_lib.training.run import recipe_of
+from pipeline_lib.training.settings import option
+from pipeline_lib.training.signals import StopRequest
+from pipeline_lib.training.state import full_state, load_hooks, load_optimizer, load_values, load_weights, save_state
+
+
+def run(job: Job) -> None:
+    """Train as one rank and leave the model in `job.out`; see `training.run`."""
+    distributed.start()
+    with StopRequest(job.execution.get("time_limit_s")) as stop:
+        Loop(job).train(stop)
+
+
+class Loop:
+    """The state of one training, as hooks see it.
+
+    Attributes:
+        job, settings, hooks: what is trained, the recipe's settings, and its hooks.
+        model: sharded when there are several ranks; parameters bear Hugging Face names.
+        context: the faults' bookkeeping.
+        optimizer: a hook may replace it (after a merge, for example).
+        step: optimizer steps done.
+        loss: mean loss of the last step, nats per target; known on every rank.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        recipe = recipe_of(job)
+        self.settings: Any = recipe.Settings(**job.settings["recipe"])
+        self.hooks = recipe.hooks(self.settings, job)
+        self.seed: int = job.settings["seed"]
+        self.device = distributed.device()
+        self.sharing = Sharing.of(self.settings.global_batch, job.execution, distributed.rank(), distributed.world())
+        shards = TokenShards(job.inputs["tokens"], "train")
+        self.loader = BatchLoader(shards, self.settings.seq_len, self.settings.global_batch, self.seed)
+        self.model: Any = initial_model(job)
+        applied = apply_transform(job, self.model)
+        self.context, self.transform_report = applied.context, applied.report
+        self.hooks.prepare(self)
+        self._place()
+        self.optimizer = self.hooks.optimizer(self.model.parameters())
+        self.checkpoints = job.work / "checkpoints"
+        self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
+        self._resume()
+
+    def _place(self) -> None:
+        """Recompute, compile, move and shard the model, in this order."""
+        save_memory(self.model, option(self.job, "activation_checkpointing", "none"))
+        self.model.train()
+        if option(self.job, "compile", False):
+            for block in blocks(self.model):
+                block.compile()
+        self.model.to(self.device)
+        if distributed.world() > 1:
+            shard(self.model, self.device)
+
+    def train(self, stop: StopRequest) -> None:
+        """Train to the end of the budget and publish.
+
+        Raises:
+            Stopped: asked to stop; saved.
+        """
+        log = self._log() if distributed.rank() == 0 else None
+        started, first_step = time.monotonic(), self.step
+        try:
+            self._steps(stop, log)
+        except BaseException:
+            if log:
+                log.close(finished=False)
+            raise
+        state = full_state(self.model)
+        if log:
+            seconds = time.monotonic() - started
+            result = {
+                "steps": self.step,
+                "tokens": self.tokens,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "final_train_loss": self.tail.mean(),
+                "transform_report": self.transform_report,
+            }
+            publish(self.job, state, result, {"seconds": seconds, "steps_in_this_process": self.step - first_step})
+            log.close()
+        distributed.barrier()
+
+    def _steps(self, stop: StopRequest, log: MetricsLog | None) -> None:
+        log_every, save_every = option(self.job, "log_every", 10), option(self.job, "checkpoint_every", 500)
+        last_time, last_tokens = time.monotonic(), self.tokens
+        while self.hooks.progress(self.step) < 1:
+            rate, norm = self._optimizer_step()
+            done = self.hooks.progress(self.step) >= 1
+            if self.step % log_every == 0 or done:
+                now = time.monotonic()
+                figures = {"loss": self.loss, "lr": rate, "grad_norm": norm, "tokens": self.tokens}
+                speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
+                last_time, last_tokens = now, self.tokens
+                if log:
+                    log.log(self.step, **figures, tokens_per_s=speed, **peak_memory())
+            stopping = stop.agreed() and not done
+            if done or stopping or self.step % save_every == 0:
+                self.save()
+            if stopping:
+                raise Stopped(f"stopped after step {self.step}")
+
+    def _optimizer_step(self) -> tuple[float, float]:
+        """One optimizer step; (learning rate, norm of the gradient before it was scaled down)."""
+        step, hooks = self.step, self.hooks
+        batches = [
+            (first, self._to_device(hooks.batch(self.loader, step, first, self.sharing.micro_batch)))
+            for first in self.sharing.firsts()
+        ]
+        batches = hooks.select(self, step, batches)
+        targets = distributed.total([sum(count_targets(batch["labels"]) for _, batch in batches)])[0]
+        rate = self.settings.lr * hooks.lr_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, (first, batch) in enumerate(batches):
+            self._sync_gradients(number == len(batches) - 1)
+            torch.manual_seed(micro_seed(self.seed, step, first))
+            self.context.begin(step, first)
+            with autocast(self.device, self.settings.precision):
+                loss_B = hooks.loss(self.model, batch)
+            summed += loss_B.detach().sum()
+            hooks.backward(self, loss_B.sum() / max(targets, 1))
+        norm = gradient_norm(self.model, self.settings.max_norm)
+        self.loss = distributed.total([float(summed)])[0] / max(targets, 1)
+        if not (math.isfinite(self.loss) and math.isfinite(norm)):  # both are global: all ranks agree
+            raise not_finite(step, self.loss, norm)
+        self.optimizer.step()
+        self.step += 1
+        self.tokens += self.settings.tokens_per_step
+        self.tail.add(self.step, self.loss)
+        hooks.after_step(self, self.step)
+        return rate, norm
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Reduce gradients over ranks with the step's last micro-batch only."""
+        if distributed.world() > 1:
+            self.model.set_requires_gradient_sync(last)
+
+    def save(self) -> None:
+        """Write, seal and prune checkpoints; all ranks call it."""
+        directory = self.checkpoints / checkpoint_name(self.step)
+        tensors, values = self.hooks.state()
+        own = {"step": self.step, "tokens": self.tokens, "tail": self.tail.losses, "hooks": values}
+        save_state(directory, self.model, self.optimizer, {**own, "fingerprint": self.job.fingerprint}, tensors)
+        if distributed.rank() == 0:
+            seal(directory)
+            prune(self.checkpoints, option(self.job, "keep_checkpoints", 3))
+        distributed.barrier()
+
+    def _resume(self) -> None:
+        found = agreed_newest(self.checkpoints)
+        if found is None:
+            return
+        values = resumable(found, self.job)
+        load_weights(found, self.model)
+        load_optimizer(found, self.model, self.optimizer)
+        self.hooks.load(load_hooks(found), values["hooks"])
+        self.step, self.tokens = values["step"], values["tokens"]
+        self.tail = Tail(self.settings.steps, values["tail"])
+
+    def _log(self) -> MetricsLog:
+        out, work = self.job.out / "log" / "metrics.jsonl", self.job.work / "metrics.jsonl"
+        return MetricsLog(out, work, self.job, self.settings.steps, self.step)
+
+
+def resumable(directory: Path, job: Job) -> dict[str, Any]:
+    """The values of a good checkpoint, after making sure that it is of this training; says that it is used.
+
+    Raises:
+        UserError: the work dir belongs to another training; a fresh start would destroy it.
+    """
+    values = load_values(directory)
+    if values["fingerprint"] != job.fingerprint:
+        raise UserError(
+            "the checkpoint is of another training",
+            where=str(directory),
+            value=values["fingerprint"][:12],
+            allowed=job.fingerprint[:12],
+            fix="remove the work directory",
+        )
+    if distributed.rank() == 0:
+        say(f"{job.label}: goes on from {directory.name}")
+    return values
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Shard parameters, gradients and optimizer state over all ranks, in place (FSDP2); gradients are summed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.world(),))
+    for part in [*blocks(model), model]:
+        fully_shard(part, mesh=mesh)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # The loss is divided by the targets of all ranks already. Gloo has no scaled sum, so sum plainly.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def gradient_norm(model: nn.Module, limit: float | None) -> float:
+    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def not_finite(step: int, loss: float, norm: float) -> UserError:
+    """The error for a training that has gone astray; its last checkpoint is from before."""
+    return UserError(
+        f"training diverged: the loss or its gradient is not finite in step {step + 1}",
+        value=f"loss {loss}, gradient norm {norm}",
+        allowed="finite numbers",
+        fix="lower lr or the transform's error rate, or set a threshold that zeroes extreme values",
+    )

@@ -1,0 +1,50 @@
+"""What a finished training leaves in its artifact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.job import Job
+from pipeline_lib.models.checkpoint import save_state, save_transform
+from pipeline_lib.models.naming import split_transform
+from pipeline_lib.training.memory import peak_memory
+
+
+class Tail:
+    """The losses of a training's last steps: the last 5 %, at least 1 and at most 100.
+
+    Attributes:
+        losses: those seen so far; part of a checkpoint.
+    """
+
+    def __init__(self, steps: int, losses: list[float] | None = None) -> None:
+        self.first = steps - max(1, min(steps // 20, 100))
+        self.losses = list(losses or [])
+
+    def add(self, step: int, loss: float) -> None:
+        """Take in the loss of optimizer step `step`, counted from 1."""
+        if step > self.first:
+            self.losses.append(loss)
+
+    def mean(self) -> float:
+        """The training's final loss."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Write weights, transform state and train.json into `job.out`; rank 0 calls it.
+
+    Args:
+        job: the training.
+        state: name → whole CPU tensor, tied weights once; what transforms added goes to files of its own.
+        result: steps, tokens, parameters, final_train_loss, transform_report and what else is a result.
+        provenance: timings and the like; peak memory is added.
+    """
+    own, added = split_transform(state)
+    save_state(job.out, own)
+    save_transform(job.out, job.settings["transform"], added)
+    write_json(job.out / "train.json", {"result": result, "provenance": {**provenance, **peak_memory()}})

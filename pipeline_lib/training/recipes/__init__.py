@@ -1,0 +1,1 @@
+"""One file a recipe: how the weights are obtained."""
