@@ -1,0 +1,1 @@
+"""The commands of `python -m pipeline_lib`: one file each."""

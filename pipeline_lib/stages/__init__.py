@@ -1,0 +1,1 @@
+"""One thin entry a stage: read the job, call the library, fill out/."""

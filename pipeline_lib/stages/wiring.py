@@ -1,0 +1,174 @@
+"""What the Snakefile needs: inputs, freshness, resources. Only this module and the rules know Snakemake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.artifacts import store, views
+from pipeline_lib.artifacts.files import read_json, write_json
+from pipeline_lib.artifacts.locks import is_held, try_hold
+from pipeline_lib.artifacts.progress import say
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.nodes import Node, execution_path, spec_path
+from pipeline_lib.config.plan import Plan
+
+ORCHESTRATOR = store.RESULTS / ".orchestrator.lock"
+HEAL_LIMIT = 3
+
+
+def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> Plan:
+    """The plan, for the Snakefile; a mistake in it ends the command with one message and no traceback."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    try:
+        if main:
+            store.set_aside_reported()
+            sweep_markers()
+        plan = Plan.load(file, overrides)
+        for argument in sys.argv[1:]:
+            if (
+                main
+                and argument.startswith("results/")
+                and not argument.startswith(("results/store/", "results/logs/"))
+            ):
+                plan.view(argument)
+    except UserError as error:
+        sys.exit(f"errata: {error}")
+    return plan
+
+
+def freeze(plan: Plan, node: Node) -> None:
+    """Write a node's spec (immutable, named by its hash) and its execution settings."""
+    path = spec_path(node.stage, node.id)
+    if not path.exists() or not path.stat().st_size:  # empty after a power failure
+        write_json(path, node.spec(), durable=False)  # thousands a plan; the next one writes it again
+    if node.execution:
+        beside = execution_path(node.stage, node.id)
+        if not beside.exists() or read_json(beside) != node.execution:
+            write_json(beside, node.execution, durable=False)
+
+
+def inputs(plan: Plan, stage: str, node_id: str) -> list[str]:
+    """Manifests a stage waits for: the upstream ones that do not exist yet.
+
+    Existing ones are left out on purpose: their time stamps must not decide anything, and `ancient()`
+    can end with exit code 0 and the result missing.
+    """
+    return [manifest for manifest in _upstream(plan, stage, node_id) if not os.path.exists(manifest)]
+
+
+def _upstream(plan: Plan, stage: str, node_id: str) -> list[str]:
+    node = plan.node(stage, node_id)
+    if node is None:  # a cluster job, or an artifact that config.yaml no longer holds
+        try:
+            upstream = read_json(spec_path(stage, node_id))["inputs"].values()
+        except FileNotFoundError:
+            raise UserError(
+                "nothing was planned under that name",
+                where=f"{store.STORE}/{stage}/{node_id}",
+                fix="ask for a readable target, e.g. results/plain-nano/pydocs.json",
+            ) from None
+        return [f"{store.STORE}/{entry['stage']}/{entry['id']}/{store.MANIFEST}" for entry in upstream]
+    freeze(plan, node)
+    if stage == "sweep":
+        return _sweep_upstream(plan, node)
+    return [f"{upstream.path}/{store.MANIFEST}" for upstream in node.inputs.values()]
+
+
+def _sweep_upstream(plan: Plan, node: Node) -> list[str]:
+    """Cells that share a checkpoint are evaluated by the sweep itself, in one process; others are jobs of their own."""
+    cells: dict[str, list[Node]] = {}
+    for cell in node.inputs.values():
+        cells.setdefault(cell.inputs["checkpoint"].path, []).append(cell)
+    needed: dict[str, None] = {}
+    for group in cells.values():
+        unique = {cell.path: cell for cell in group}
+        for cell in unique.values():
+            if len(unique) == 1:
+                needed[f"{cell.path}/{store.MANIFEST}"] = None
+                continue
+            freeze(plan, cell)
+            if not os.path.exists(f"{cell.path}/{store.MANIFEST}"):
+                needed.update({f"{upstream.path}/{store.MANIFEST}": None for upstream in cell.inputs.values()})
+    return list(needed)
+
+
+def view_inputs(plan: Plan, view: str) -> list[str]:
+    """What a readable result waits for: nothing when it is fresh.
+
+    A missing input alone is no reason for Snakemake to run a rule whose output exists: so a stale result
+    gets its spec, which does exist, as an input and an old time stamp.
+    """
+    node, file = plan.view(view)
+    if views.is_fresh(Path(view), Path(node.path) / file):
+        return []
+    freeze(plan, node)
+    views.make_stale(Path(view))
+    return [f"{node.path}/{store.MANIFEST}", str(spec_path(node.stage, node.id))]
+
+
+def view_source(plan: Plan, view: str) -> str:
+    """The published file behind a readable result."""
+    node, file = plan.view(view)
+    return f"{node.path}/{file}"
+
+
+@lru_cache(maxsize=4096)
+def _execution(stage: str, node_id: str) -> dict[str, Any]:
+    path = execution_path(stage, node_id)
+    return read_json(path) if path.exists() else {}
+
+
+def resource(plan: Plan, stage: str, node_id: str, key: str, default: int | str) -> Any:
+    """One execution setting of a node, as Snakemake's resources want it."""
+    node = plan.node(stage, node_id)
+    execution = node.execution if node is not None else _execution(stage, node_id)
+    value = execution.get(key)
+    return default if value is None else value
+
+
+def leave_cores_to_the_cluster(workflow: Any) -> None:
+    """Lift the limit `cores: all` from jobs that run elsewhere.
+
+    profiles/default needs that key for a plain command to work here, and no other profile can take it back; but it
+    counts the cores of this machine, and would cut the threads of every cluster job down to them.
+    """
+    from snakemake.utils import available_cpu_count
+
+    settings = workflow.resource_settings
+    if workflow.non_local_exec and workflow.is_main_process and settings.cores == available_cpu_count():
+        settings.cores = None
+        workflow.global_resources["_cores"] = None
+
+
+def sweep_markers() -> None:
+    """Remove the 'incomplete' markers of killed runs, unless their orchestrator lives.
+
+    Our outputs appear by rename and are never incomplete; but `--report` refuses to run beside a marker.
+    """
+    if not is_held(ORCHESTRATOR):
+        shutil.rmtree(".snakemake/incomplete", ignore_errors=True)
+
+
+def hold_the_house() -> None:
+    """At the start of a run: one orchestrator a results/ directory."""
+    holder = try_hold(ORCHESTRATOR)
+    if holder is not None:
+        sys.exit(
+            f"errata: another snakemake ({holder}) works in this results/; wait for it, then give the same command"
+        )
+
+
+def plan_again_if_damage_was_reported() -> None:
+    """At the end of a failed run: if readers found damaged artifacts, start again so that they are remade."""
+    healed = int(os.environ.get("ERRATA_HEAL", "0"))
+    if healed < HEAL_LIMIT and store.requested():
+        say("damaged artifacts were reported; planning again to remake them")
+        os.environ["ERRATA_HEAL"] = str(healed + 1)
+        os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[1:]])

@@ -1,0 +1,55 @@
+# From a pinned source to token shards. assets and dataset are the only rules here that use the network.
+
+rule assets:
+    input:
+        needs("assets"),
+    output:
+        "results/store/assets/{id}/manifest.json",
+    log:
+        "results/logs/assets/{id}.log",
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule dataset:
+    input:
+        needs("dataset"),
+    output:
+        "results/store/dataset/{id}/manifest.json",
+    log:
+        "results/logs/dataset/{id}.log",
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule tokenizer:
+    input:
+        needs("tokenizer"),
+    output:
+        "results/store/tokenizer/{id}/manifest.json",
+    log:
+        "results/logs/tokenizer/{id}.log",
+    conda:
+        "../envs/data.yaml"
+    threads: 2
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule tokens:
+    input:
+        needs("tokens"),
+    output:
+        "results/store/tokens/{id}/manifest.json",
+    log:
+        "results/logs/tokens/{id}.log",
+    conda:
+        "../envs/data.yaml"
+    threads: 2
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+

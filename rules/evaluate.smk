@@ -1,0 +1,85 @@
+# From a checkpoint to one arm of an evaluation, and to the arms side by side.
+
+rule evaluate:
+    input:
+        needs("evaluate"),
+    output:
+        "results/store/evaluate/{id}/manifest.json",
+    log:
+        "results/logs/evaluate/{id}.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: run_setting("evaluate", "threads", 1)
+    resources:
+        gpu=one_gpu("evaluate"),
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule result:
+    input:
+        needs("result"),
+    output:
+        "results/store/result/{id}/manifest.json",
+    log:
+        "results/logs/result/{id}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule sweep:
+    input:
+        needs("sweep"),
+    output:
+        "results/store/sweep/{id}/manifest.json",
+    log:
+        "results/logs/sweep/{id}.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: 2
+    resources:
+        gpu=one_gpu("sweep"),
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule table:
+    input:
+        needs("table"),
+    output:
+        "results/store/table/{id}/manifest.json",
+    log:
+        "results/logs/table/{id}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule report:
+    input:
+        needs("report"),
+    output:
+        "results/store/report/{id}/manifest.json",
+    log:
+        "results/logs/report/{id}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule publish:
+    input:
+        needs("publish"),
+    output:
+        "results/store/publish/{id}/manifest.json",
+    log:
+        "results/logs/publish/{id}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+

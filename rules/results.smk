@@ -1,0 +1,89 @@
+# Readable results: copies of published files.
+
+
+localrules:
+    all,
+    experiment_result,
+    sweep_result,
+    table_result,
+    publish_result,
+    report_result,
+
+
+rule experiment_result:
+    input:
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.json"),
+    output:
+        report("results/{experiment}/{task}.json", caption="../workflow/report/result.rst", category="Results", labels={"experiment": "{experiment}", "task": "{task}"}),
+    wildcard_constraints:
+        experiment="(?!store|specs|work|logs|quarantine|sweeps|tables|publish)[a-z0-9._+-]+",
+    params:
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.json"),
+    log:
+        "results/logs/view/{experiment}--{task}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+
+
+rule sweep_result:
+    input:
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/sweeps/{wildcards.name}.csv"),
+    output:
+        report("results/sweeps/{name}.csv", caption="../workflow/report/sweep.rst", category="Sweeps", labels={"sweep": "{name}"}),
+    params:
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/sweeps/{wildcards.name}.csv"),
+    log:
+        "results/logs/view/sweep--{name}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+
+
+rule table_result:
+    input:
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/tables/{wildcards.name}.{wildcards.kind}"),
+    output:
+        report("results/tables/{name}.{kind}", caption="../workflow/report/table.rst", category="Tables", labels={"table": "{name}", "format": "{kind}"}),
+    wildcard_constraints:
+        kind="csv|md",
+    params:
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/tables/{wildcards.name}.{wildcards.kind}"),
+    log:
+        "results/logs/view/table--{name}.{kind}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+
+
+rule publish_result:
+    input:
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/publish/{wildcards.experiment}.json"),
+    output:
+        "results/publish/{experiment}.json",
+    params:
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/publish/{wildcards.experiment}.json"),
+    log:
+        "results/logs/view/publish--{experiment}.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+
+
+rule report_result:
+    input:
+        lambda wildcards: wiring.view_inputs(PLAN, "results/report.html"),
+    output:
+        "results/report.html",
+    params:
+        source=lambda wildcards: wiring.view_source(PLAN, "results/report.html"),
+    log:
+        "results/logs/view/report.log",
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"

@@ -1,0 +1,93 @@
+# From tokens to a Hugging Face checkpoint.
+
+rule teacher:
+    input:
+        needs("teacher"),
+    output:
+        "results/store/teacher/{id}/manifest.json",
+    log:
+        "results/logs/teacher/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    resources:
+        gpu=1,
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule clip:
+    input:
+        needs("clip"),
+    output:
+        "results/store/clip/{id}/manifest.json",
+    log:
+        "results/logs/clip/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    resources:
+        gpu=1,
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule timing:
+    input:
+        needs("timing"),
+    output:
+        "results/store/timing/{id}/manifest.json",
+    log:
+        "results/logs/timing/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    resources:
+        gpu=1,
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule score:
+    input:
+        needs("score"),
+    output:
+        "results/store/score/{id}/manifest.json",
+    log:
+        "results/logs/score/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    resources:
+        gpu=1,
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule train:
+    input:
+        needs("train"),
+    output:
+        "results/store/train/{id}/manifest.json",
+    log:
+        "results/logs/train/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    threads: run_setting("train", "threads", 1)
+    resources:
+        gpu=run_setting("train", "gpus", 0),
+        nodes=run_setting("train", "nodes", 1),
+        mem_mb=run_setting("train", "mem_mb", 4000),
+        runtime=run_setting("train", "runtime_min", 60),
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
+
+rule convert:
+    input:
+        needs("convert"),
+    output:
+        "results/store/convert/{id}/manifest.json",
+    log:
+        "results/logs/convert/{id}.log",
+    conda:
+        "../envs/train.yaml"
+    shell:
+        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+
