@@ -1,0 +1,54 @@
+"""Where the figures of benchmarks go: JSON beside the script, tables in README.md and on the terminal."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.artifacts.files import read_json, write_bytes, write_json
+from pipeline_lib.artifacts.provenance import commit, hardware, versions
+
+FOLDER = Path(__file__).resolve().parent
+INTRODUCTION = """# Benchmarks
+
+Made by `make bench`, from the JSON files beside this page; each script says what it measures and how.
+Every ratio compares runs of one machine, taken in turn.
+"""
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and commit, for the JSON."""
+    return {"hardware": hardware(), "versions": versions(), "commit": commit()}
+
+
+def table(rows: list[dict[str, Any]], heads: list[str] | None = None) -> str:
+    """Rows as Markdown; `heads` orders the columns (default: as in the first row)."""
+    heads = heads or list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join(_shown(row[head]) for head in heads) + " |" for row in rows)])
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def write(name: str, figures: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Commit-ready JSON (`figures`, the machine and the table's rows), the page of all benchmarks, and the table."""
+    write_json(FOLDER / f"{name}.json", {**machine(), **figures, "columns": list(rows[0]), "rows": rows})
+    write_bytes(FOLDER / "README.md", page().encode())
+    print(table(rows))
+
+
+def page() -> str:
+    """README.md: the table of every JSON file here, from the files alone."""
+    return "\n".join([INTRODUCTION, *(_section(path) for path in sorted(FOLDER.glob("*.json")))])
+
+
+def _section(path: Path) -> str:
+    figures = read_json(path)
+    doc = ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())) or ""
+    hardware, versions = figures["hardware"], figures["versions"]
+    used = f"torch {versions['torch']}, commit {figures['commit'][:12]}"
+    where = f"{hardware['processor']}, {hardware['cores']} cores, {used}"
+    return f"## {path.stem}\n\n{doc.splitlines()[0]}\n\n{table(figures['rows'], figures.get('columns'))}\n\n{where}.\n"

@@ -1,0 +1,1 @@
+"""Studies: measurements whose numbers are committed; every page and picture of them is derived from that JSON."""

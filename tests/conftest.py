@@ -1,0 +1,28 @@
+"""Fixtures of all tests. No test uses the network beyond loopback, a GPU, or files outside the repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_MODE"] = "disabled"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_as_it_was() -> Iterator[None]:
+    """Undo what a module's tests did to the whole process: environment variables, and the hub libraries offline."""
+    variables = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(variables)
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            sys.modules[module].HF_HUB_OFFLINE = False  # type: ignore[attr-defined]

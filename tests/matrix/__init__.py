@@ -1,0 +1,1 @@
+"""Every transform × recipe × model family, from the registries, through every stage."""

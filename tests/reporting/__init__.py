@@ -1,0 +1,1 @@
+"""Tests of tables, plots and the report."""

@@ -1,0 +1,67 @@
+"""Every page and picture of a study is what its committed JSON gives; another number would give another page."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from studies import kills, robustness
+from studies.report import FOLDER, ROOT, Derive, load
+
+ALL: dict[str, Derive] = {"kills": kills.derive, "robustness": robustness.derive}
+DERIVE = {name: derive for name, derive in ALL.items() if (FOLDER / f"{name}.json").exists()}
+
+
+def raise_a_mean(study: dict[str, Any]) -> None:
+    study["cells"][0][1]["mean"] *= 1.01
+
+
+def raise_a_seed(study: dict[str, Any]) -> None:
+    study["cells"][1][0]["seeds"][2]["mean"] *= 1.01
+
+
+def change_a_setting(study: dict[str, Any]) -> None:
+    study["settings"]["training"]["recipe"]["lr"] *= 2
+
+
+def change_a_time(study: dict[str, Any]) -> None:
+    study["points"][3]["seconds_to_mend"] += 1
+
+
+def lose_a_kill(study: dict[str, Any]) -> None:
+    study["random"].pop()
+
+
+EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
+    ("robustness", raise_a_mean),
+    ("robustness", raise_a_seed),
+    ("robustness", change_a_setting),
+    ("kills", change_a_time),
+    ("kills", lose_a_kill),
+]
+
+
+def test_every_committed_study_is_derived_here() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", DERIVE)
+def test_pages_are_what_the_json_gives(name: str) -> None:
+    for path, text in DERIVE[name](load(name)).items():
+        assert (ROOT / path).read_text() == text, f"{path}: run `python -m studies.{name} --pages`"
+
+
+def test_no_page_is_without_a_study() -> None:
+    derived = {path for name, derive in DERIVE.items() for path in derive(load(name))}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "studies").glob("*")} == derived
+
+
+@pytest.mark.parametrize(("name", "edit"), [edit for edit in EDITS if edit[0] in DERIVE])
+def test_another_number_gives_another_page(name: str, edit: Callable[[dict[str, Any]], None]) -> None:
+    study = load(name)
+    changed = copy.deepcopy(study)
+    edit(changed)
+    assert DERIVE[name](changed) != DERIVE[name](study)

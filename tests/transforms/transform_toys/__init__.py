@@ -1,0 +1,1 @@
+"""Small transforms that exercise every function at every kind of site; registered by the tests' conftest."""
