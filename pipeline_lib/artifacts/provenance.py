@@ -63,13 +63,17 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Name; on x86 with family/model/stepping, which tell apart processors of one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    first: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        first.setdefault(key.strip(), value.strip())
+    numbers = [first[key] for key in ("cpu family", "model", "stepping") if key in first]
+    return first.get("model name", platform.processor()) + (f" ({'/'.join(numbers)})" if numbers else "")
 
 
 def provenance(started: float, ended: float) -> dict[str, Any]:

@@ -45,3 +45,21 @@ def closest(name: str, names: Iterable[str]) -> str:
     """A 'did you mean' phrase for `name`, or an empty string when nothing is near."""
     near = get_close_matches(name, list(names), n=1)
     return f"did you mean '{near[0]}'?" if near else ""
+
+
+def known(name: str, names: Iterable[str], section: str, where: str) -> str:
+    """`name`, which `section` of the configuration must list.
+
+    Raises:
+        UserError: it does not.
+    """
+    listed = list(names)
+    if name in listed:
+        return name
+    raise UserError(
+        f"unknown {section.removesuffix('s')}",
+        where=where,
+        value=name,
+        allowed=listed,
+        fix=closest(name, listed) or f"add it under `{section}:`",
+    )

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline_lib.config.base import Settings
-from pipeline_lib.config.errors import UserError, closest
+from pipeline_lib.config.errors import UserError, closest, known
 from pipeline_lib.config.load import merge
 from pipeline_lib.config.registry import RECIPES, TRANSFORMS
 from pipeline_lib.config.resolved import Resolved, check_complete, family_of
@@ -155,15 +155,7 @@ class Experiments:
                 allowed=list(self.config.models),
                 fix="add `model:` or `from:` here",
             )
-        if entry.model not in self.config.models:
-            raise UserError(
-                "unknown model",
-                where=f"{where}.model",
-                value=entry.model,
-                allowed=list(self.config.models),
-                fix=closest(entry.model, self.config.models) or "add it under `models:`",
-            )
-        return entry.model
+        return known(entry.model, self.config.models, "models", f"{where}.model")
 
     def _transforms(self, entry: Experiment, where: str) -> dict[str, Settings]:
         given = entry.transform if entry.transform is not None else "plain"
@@ -227,28 +219,11 @@ class Experiments:
 
     def _dataset(self, entry: Experiment, model: Model, base: Resolved | None, where: str) -> str | None:
         name = entry.dataset or (base.dataset if base else None) or model.dataset
-        if name is not None and name not in self.config.datasets:
-            raise UserError(
-                "unknown dataset",
-                where=f"{where}.dataset",
-                value=name,
-                allowed=list(self.config.datasets),
-                fix=closest(name, self.config.datasets) or "add it under `datasets:`",
-            )
-        return name
+        return name if name is None else known(name, self.config.datasets, "datasets", f"{where}.dataset")
 
     def _tasks(self, entry: Experiment, model: Model, where: str) -> list[str]:
         tasks = entry.tasks if entry.tasks is not None else model.tasks
-        for task in tasks:
-            if task not in self.config.tasks:
-                raise UserError(
-                    "unknown task",
-                    where=f"{where}.tasks",
-                    value=task,
-                    allowed=list(self.config.tasks),
-                    fix=closest(task, self.config.tasks) or "add it under `tasks:`",
-                )
-        return tasks
+        return [known(task, self.config.tasks, "tasks", f"{where}.tasks") for task in tasks]
 
 
 def _listed(transforms: dict[str, Settings]) -> list[dict[str, Any]]:

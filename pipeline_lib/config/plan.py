@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.config.errors import UserError, closest
+from pipeline_lib.config.errors import UserError, closest, known
 from pipeline_lib.config.experiments import Resolved
 from pipeline_lib.config.load import load_config, merge
 from pipeline_lib.config.nodes import Node, make_node
@@ -74,9 +74,9 @@ class Plan:
             folder, file = parts
             stem, _, kind = file.rpartition(".")
             if folder == "sweeps" and kind == "csv":
-                return self.sweep(self._known("sweeps", stem, target)), "table.csv"
+                return self.sweep(known(stem, self.config.sweeps, "sweeps", f"target {target}")), "table.csv"
             if folder == "tables" and kind in ("csv", "md"):
-                return self.table(self._known("tables", stem, target)), f"table.{kind}"
+                return self.table(known(stem, self.config.tables, "tables", f"target {target}")), f"table.{kind}"
             if folder == "publish" and kind == "json":
                 return self.publish(self.resolver.experiments.get(stem)), "publish.json"
             if kind == "json":
@@ -89,18 +89,6 @@ class Plan:
             "results/publish/<experiment>.json, results/report.html",
             fix="see `experiments:`, `tasks:`, `sweeps:` and `tables:` in config.yaml",
         )
-
-    def _known(self, section: str, name: str, target: str) -> str:
-        names = getattr(self.config, section)
-        if name not in names:
-            raise UserError(
-                f"unknown {section.removesuffix('s')}",
-                where=f"target {target}",
-                value=name,
-                allowed=list(names),
-                fix=closest(name, names) or f"add it under `{section}:` in {self.file}",
-            )
-        return name
 
     def _register(self, node: Node) -> None:
         if node.path not in self.nodes:

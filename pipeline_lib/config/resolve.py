@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from pipeline_lib.config.base import Settings
-from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
 from pipeline_lib.config.models import count_parameters
 from pipeline_lib.config.names import human_count, slug
@@ -118,19 +118,8 @@ class Resolver:
             commit = pinned("model", model.hub.repo, model.hub.revision)
             return {"family": "hub", "repo": model.hub.repo, "revision": commit, "architecture": model.hub.family}
         assert model.tokenizer is not None
-        self._known("tokenizers", model.tokenizer, f"{self.file}: models.{exp.model_name}.tokenizer")
+        known(model.tokenizer, self.config.tokenizers, "tokenizers", f"{self.file}: models.{exp.model_name}.tokenizer")
         return {**own.semantic(), "vocab": self.config.tokenizers[model.tokenizer].size, "max_seq_len": seq_len}
-
-    def _known(self, section: str, name: str, where: str) -> None:
-        names = getattr(self.config, section)
-        if name not in names:
-            raise UserError(
-                f"unknown {section.removesuffix('s')}",
-                where=where,
-                value=name,
-                allowed=list(names),
-                fix=f"add it under `{section}:`",
-            )
 
     def recipe(self, exp: Resolved) -> dict[str, Any]:
         """The recipe's settings with its steps resolved."""
@@ -241,7 +230,7 @@ class Resolver:
         inputs = {"checkpoint": checkpoint}
         name = getattr(settings, "dataset", None)
         if name is not None:
-            self._known("datasets", name, f"{self.file}: tasks.{task}.dataset")
+            known(name, self.config.datasets, "datasets", f"{self.file}: tasks.{task}.dataset")
             inputs["dataset"] = self.dataset(name)
         for index, need in enumerate(module.needs(settings)):
             inputs[f"asset-{index}"] = self.asset(

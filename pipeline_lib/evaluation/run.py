@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.artifacts.files import read_json, sha256_file, write_json
+from pipeline_lib.artifacts.locks import is_held, try_hold
 from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.artifacts.store import SEAL, read_seal
 from pipeline_lib.config.fingerprint import canonical, fingerprint
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BATCH_SIZE = 8
+LOCK = ".lock"  # held while the process lives
 
 
 @dataclass(frozen=True)
@@ -44,43 +47,20 @@ class Arm:
     evaluator: dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class CellSpec:
-    """One setting of a checkpoint: settings as in a spec of `evaluate`, inputs without the checkpoint.
-
-    `work`, if given, keeps what is done so far: the same cell then goes on from there after a kill.
-    """
-
-    id: str
-    settings: dict[str, Any]
-    inputs: dict[str, Path] = field(default_factory=dict)
-    work: Path | None = None
-
-
-def evaluate_cells(
-    checkpoint: Path,
-    cells: Iterable[CellSpec],
-    publish: Callable[[str, Arm], None],
-    execution: Mapping[str, Any] | None = None,
-) -> None:
-    """Evaluate many settings of one checkpoint in one process; `publish` gets each cell as soon as it is done.
-
-    Weights, imports and task data are loaded once.
-
-    Args:
-        checkpoint: an artifact that holds a Hugging Face checkpoint.
-        execution: `eval_batch_size`, `threads`.
-    """
-    session = Session()
-    for cell in cells:
-        arm = session.evaluate(cell.settings, {**cell.inputs, "checkpoint": checkpoint}, cell.work, execution or {})
-        publish(cell.id, arm)
-
-
 @cache
 def shared_session() -> Session:
     """The session of this process."""
     return Session()
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for this process, after those of processes that were killed have been removed."""
+    for left in Path(tempfile.gettempdir()).glob("errata-evaluate-*"):
+        if (left / LOCK).exists() and not is_held(left / LOCK):
+            shutil.rmtree(left, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix="errata-evaluate-")
+    try_hold(Path(made.name) / LOCK)
+    return made
 
 
 class Session:
@@ -91,7 +71,7 @@ class Session:
         self._checkpoint: _Checkpoint | None = None
         self._tasks: dict[str, Task] = {}
         # Datasets are memory-mapped from here, so it lives as long as they do.
-        self._scratch = tempfile.TemporaryDirectory(prefix="errata-evaluate-")
+        self._scratch = _scratch()
 
     def evaluate(
         self, settings: Mapping[str, Any], inputs: Mapping[str, Path], work: Path | None, execution: Mapping[str, Any]

@@ -16,6 +16,15 @@ def encode(value: float) -> Number:
     return value if math.isfinite(value) else str(value)
 
 
+def encode_all(tree: Any) -> Any:
+    """A tree of dicts and lists whose floats JSON can hold."""
+    if isinstance(tree, float):
+        return encode(tree)
+    if isinstance(tree, dict):
+        return {key: encode_all(item) for key, item in tree.items()}
+    return [encode_all(item) for item in tree] if isinstance(tree, list) else tree
+
+
 def summarise(values: Sequence[float]) -> dict[str, Any]:
     """{mean, stderr, n, values} of independent repetitions.
 

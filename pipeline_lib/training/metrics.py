@@ -98,6 +98,10 @@ class _Wandb:
                 dir=str(job.work),
                 mode=mode,
                 resume="allow",
+                # Neither the machine, nor its git remote (which may hold a token), nor what a terminal showed.
+                settings=wandb.Settings(
+                    console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True
+                ),
             )
         except Exception as error:
             self._fail(error)

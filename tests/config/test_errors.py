@@ -91,6 +91,8 @@ CASES: dict[str, tuple[str, Any, str, list[str]]] = {
     "negative lr": ("experiments/x", {"model": "nano", "recipe": {"pretrain": {"lr": -1.0}}}, "", ["experiments.x.recipe.pretrain.lr", "-1.0"]),
     "two recipes": ("experiments/x", {"model": "nano", "recipe": {"pretrain": {}, "cram": {}}}, "", ["one recipe"]),
     "none without from": ("experiments/x", {"model": "nano", "recipe": "none"}, "", ["experiments.x.recipe", "from"]),
+    "finetune from nothing": ("experiments/x", {"model": "nano", "recipe": {"finetune": {"steps": 1}}}, "", ["experiments.x.from", "finetune needs weights"]),
+    "task for another family": ("models/b", {"bert": {"dim": 8, "layers": 1, "heads": 1, "ffn": 8}, "tokenizer": "pydocs", "dataset": "pydocs", "recipe": {"cram": {"steps": 1}}, "tasks": ["pydocs"]}, "results/plain-b/pydocs.json", ["tasks.pydocs", "cannot evaluate model b", "causal"]),
     "publishing off": ("seed", DELETE, "results/publish/plain-nano.json", ["publish", "owner/name"]),
     "table not rectangular": ("tables/robustness/cells", [["plain-nano"]], "", ["tables.robustness", "cells"]),
     "infinite number": ("fault_seeds", float("inf"), "", ["fault_seeds"]),

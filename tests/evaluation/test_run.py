@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +16,9 @@ import pytest
 
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.evaluation.run import Arm, CellSpec, Session, evaluate_cells
+from pipeline_lib.evaluation.run import Session
 from pipeline_lib.stages import evaluate
+from tests.conftest import ROOT
 from tests.evaluation import jitter
 from tests.evaluation.conftest import JITTER
 
@@ -136,18 +142,30 @@ def test_the_stage_writes_its_artifact_without_a_network(
     assert no_network == []
 
 
-def test_many_cells_in_one_process(settings: dict[str, Any], checkpoint: Path, dataset: Path) -> None:
-    cells = [
-        CellSpec(f"{i}", faulty(settings, transform=[{**JITTER[0], "amount": i / 10}]), {"dataset": dataset})
-        for i in range(4)
-    ]
-    published: list[tuple[str, Arm]] = []
-    evaluate_cells(checkpoint, cells, lambda name, arm: published.append((name, arm)))
-    assert [name for name, _ in published] == ["0", "1", "2", "3"]
-    means = [arm.result["metrics"]["bits_per_byte"]["mean"] for _, arm in published]
+def test_many_settings_in_one_process(
+    session: Session, settings: dict[str, Any], checkpoint: Path, dataset: Path
+) -> None:
+    inputs = {"checkpoint": checkpoint, "dataset": dataset}
+
+    def bits(given: dict[str, Any]) -> float:
+        return session.evaluate(given, inputs, None, {}).result["metrics"]["bits_per_byte"]["mean"]
+
+    means = [bits(faulty(settings, transform=[{**JITTER[0], "amount": i / 10}])) for i in range(4)]
     assert len(set(means)) == 4
-    clean = Session().evaluate(settings, {"checkpoint": checkpoint, "dataset": dataset}, None, {})
-    assert means[0] == clean.result["metrics"]["bits_per_byte"]["mean"]  # faults of size 0
+    assert means[0] == bits(settings)  # faults of size 0
+
+
+def test_the_scratch_of_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that of one that lives is not."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import sys, os; from pipeline_lib.evaluation.run import Session; s = Session(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob("errata-evaluate-*")
+    mine, other = Session(), Session()
+    assert not left.exists()
+    assert len(list(tmp_path.glob("errata-evaluate-*"))) == 2
+    del mine, other
 
 
 def test_bit_flips_of_probability_zero_change_nothing(

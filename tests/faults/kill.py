@@ -18,13 +18,13 @@ from tests.workflow.conftest import TARGETS
 HOOK = Path(__file__).resolve().parent / "hook"
 
 
-def alive(root: Path) -> list[int]:
-    """Processes that still work in a clone."""
+def alive(root: Path, program: bytes = b"pipeline_lib") -> list[int]:
+    """Processes that still work in a clone and have `program` in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.readlink(entry / "cwd") == str(root) and b"pipeline_lib" in (entry / "cmdline").read_bytes():
+                if os.readlink(entry / "cwd") == str(root) and program in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue

@@ -36,6 +36,20 @@ def test_killed_anywhere_the_same_command_ends_the_same(name: str, clone: Clone)
 
 
 @pytest.mark.slow
+def test_killed_with_wandb_on(clone: Clone) -> None:
+    """Its service is in a session of its own, so the kill misses it: it must end by itself, and hold nothing up."""
+    before = clone.digest(*TARGETS)
+    clone.write_config({**CONFIG, "tracking": {"wandb": "offline"}})
+    assert kill_and_repeat(clone, POINTS["train: first log line"])["digest"] == before
+    deadline = time.monotonic() + 30
+    while alive(clone.root, b"wandb-core") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(clone.root, b"wandb-core")
+    for training in (clone.root / "results/store/train").iterdir():
+        assert list(training.glob("log/wandb/offline-run-*/*.wandb")), "the run is kept with the artifact"
+
+
+@pytest.mark.slow
 def test_killed_orchestrator_leaves_a_job_that_is_waited_for(clone: Clone) -> None:
     """SIGKILL of Snakemake alone: the stage lives on; the same command waits for it and adopts its work."""
     before = clone.digest(*TARGETS)

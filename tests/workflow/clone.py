@@ -120,7 +120,7 @@ class Clone:
 
     def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
         """The environment of commands: no proxies, wandb or hub settings of the machine."""
-        kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("WANDB")}
         kept.update({"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **(extra or {})})
         kept.pop("PYTHONPATH", None)
         if extra and "PYTHONPATH" in extra:

@@ -21,6 +21,7 @@ from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.config.errors import UserError, closest
 from pipeline_lib.evaluation import offline
 from pipeline_lib.evaluation.base import Outcome, Subject
+from pipeline_lib.evaluation.statistics import encode_all
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -161,7 +162,7 @@ class LmEvalTask:
                 "higher_is_better": results["higher_is_better"],
                 "requests": _digest(self._leaves()),
             },
-            record=_finite(results),
+            record=encode_all(results),
             host=host,
         )
 
@@ -266,21 +267,13 @@ def _digest(tasks: list[Any]) -> str:
     return digest.hexdigest()
 
 
-def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity, which become strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
 @cache
 def _prepare_lm_eval() -> None:
     """Once a process: what of lm-eval would crash, chatter or repeat itself."""
     import datasets
     import lm_eval.api.metrics
     import lm_eval.api.task
+    import lm_eval.evaluator
     from torch.utils import collect_env
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -288,6 +281,8 @@ def _prepare_lm_eval() -> None:
     lm_eval.api.metrics.math = SimpleNamespace(**{**vars(math), "exp": _exp})  # type: ignore[attr-defined]
     # It describes the machine by half a dozen commands, anew for every evaluation.
     collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
+    # It asks git for the commit of the folder it runs in, aloud outside a checkout; our provenance has the commit.
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
