@@ -25,8 +25,9 @@ rule all:
 
 
 onstart:
-    wiring.hold_the_house()
+    wiring.begin(workflow)
 
 
 onerror:
+    wiring.tell_failures()
     wiring.plan_again_if_damage_was_reported()

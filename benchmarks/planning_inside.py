@@ -42,7 +42,7 @@ def finish() -> None:
     plan = Plan.load()
     last, file = plan.view(TARGET)
     for node in plan.nodes.values():
-        freeze(plan, node)
+        freeze(node)
         out = store.WORK / "out"
         out.mkdir(parents=True)
         (out / file).write_text(node.id)

@@ -87,7 +87,7 @@ def measure(clone: Clone, limit: int, rounds: int, threads: int) -> dict[str, An
         plan = Plan.load()
         sweep, _ = plan.view(f"results/sweeps/{task_name(limit)}.csv")
         for node in plan.nodes.values():
-            freeze(plan, node)
+            freeze(node)
     cells = {cell.id: clone.root / cell.path for cell in sweep.inputs.values()}
 
     def forget() -> None:

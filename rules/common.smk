@@ -16,9 +16,35 @@ def run_setting(stage, key, default):
     return lambda wildcards: wiring.resource(PLAN, stage, wildcards.id, key, default)
 
 
+def memory(stage, key, default):
+    """Resource function: MB, more after an attempt that was killed for want of it."""
+    return lambda wildcards: wiring.memory(PLAN, stage, wildcards.id, key, default)
+
+
+def gpus(stage):
+    """Resource function: GPUs of a training, over all its nodes."""
+    return lambda wildcards: wiring.gpus(PLAN, stage, wildcards.id)
+
+
 def one_gpu(stage):
     """Resource function: one GPU where the experiment's training has any."""
     return lambda wildcards: min(1, wiring.resource(PLAN, stage, wildcards.id, "gpus", 0))
+
+
+def slurm_options(stage):
+    """Resource function: further options of sbatch."""
+    return lambda wildcards: wiring.slurm_options(PLAN, workflow, stage, wildcards.id)
+
+
+def several_nodes(stage, value):
+    """Resource function: `value` for a training on several nodes.
+
+    The executor's word for 'the command starts its own tasks' is mpi: ours starts one torchrun on each node.
+    """
+    return lambda wildcards: value if wiring.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else ""
+
+
+NETWORK_IS_HERE = PLAN.config.cluster.network_stages == "here"
 
 
 wildcard_constraints:

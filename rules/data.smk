@@ -1,6 +1,7 @@
 # From a pinned source to token shards. assets and dataset are the only rules here that use the network.
 
 rule assets:
+    localrule: NETWORK_IS_HERE
     input:
         needs("assets"),
     output:
@@ -9,11 +10,14 @@ rule assets:
         "results/logs/assets/{id}.log",
     conda:
         "../envs/data.yaml"
+    resources:
+        slurm_extra=slurm_options("assets"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
 
 rule dataset:
+    localrule: NETWORK_IS_HERE
     input:
         needs("dataset"),
     output:
@@ -22,6 +26,8 @@ rule dataset:
         "results/logs/dataset/{id}.log",
     conda:
         "../envs/data.yaml"
+    resources:
+        slurm_extra=slurm_options("dataset"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -36,6 +42,8 @@ rule tokenizer:
     conda:
         "../envs/data.yaml"
     threads: 2
+    resources:
+        slurm_extra=slurm_options("tokenizer"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -50,6 +58,8 @@ rule tokens:
     conda:
         "../envs/data.yaml"
     threads: 2
+    resources:
+        slurm_extra=slurm_options("tokens"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 

@@ -12,11 +12,15 @@ rule evaluate:
     threads: run_setting("evaluate", "threads", 1)
     resources:
         gpu=one_gpu("evaluate"),
+        mem_mb=memory("evaluate", "eval_mem_mb", 8000),
+        runtime=run_setting("evaluate", "eval_runtime_min", 60),
+        slurm_extra=slurm_options("evaluate"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
 
 rule result:
+    localrule: True
     input:
         needs("result"),
     output:
@@ -41,11 +45,15 @@ rule sweep:
     threads: 2
     resources:
         gpu=one_gpu("sweep"),
+        mem_mb=memory("sweep", "eval_mem_mb", 8000),
+        runtime=run_setting("sweep", "eval_runtime_min", 60),
+        slurm_extra=slurm_options("sweep"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
 
 rule table:
+    localrule: True
     input:
         needs("table"),
     output:
@@ -59,6 +67,7 @@ rule table:
 
 
 rule report:
+    localrule: True
     input:
         needs("report"),
     output:
@@ -72,6 +81,7 @@ rule report:
 
 
 rule publish:
+    localrule: NETWORK_IS_HERE
     input:
         needs("publish"),
     output:
@@ -80,6 +90,8 @@ rule publish:
         "results/logs/publish/{id}.log",
     conda:
         "../envs/report.yaml"
+    resources:
+        slurm_extra=slurm_options("publish"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 

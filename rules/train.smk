@@ -11,6 +11,7 @@ rule teacher:
         "../envs/train.yaml"
     resources:
         gpu=1,
+        slurm_extra=slurm_options("teacher"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -26,6 +27,7 @@ rule clip:
         "../envs/train.yaml"
     resources:
         gpu=1,
+        slurm_extra=slurm_options("clip"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -41,6 +43,7 @@ rule timing:
         "../envs/train.yaml"
     resources:
         gpu=1,
+        slurm_extra=slurm_options("timing"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -56,6 +59,7 @@ rule score:
         "../envs/train.yaml"
     resources:
         gpu=1,
+        slurm_extra=slurm_options("score"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -71,10 +75,14 @@ rule train:
         "../envs/train.yaml"
     threads: run_setting("train", "threads", 1)
     resources:
-        gpu=run_setting("train", "gpus", 0),
+        gpu=gpus("train"),
         nodes=run_setting("train", "nodes", 1),
-        mem_mb=run_setting("train", "mem_mb", 4000),
+        mem_mb=memory("train", "mem_mb", 4000),
         runtime=run_setting("train", "runtime_min", 60),
+        mpi=several_nodes("train", "srun"),
+        tasks=run_setting("train", "nodes", 1),
+        tasks_per_gpu=0,
+        slurm_extra=slurm_options("train"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 
@@ -88,6 +96,10 @@ rule convert:
         "results/logs/convert/{id}.log",
     conda:
         "../envs/train.yaml"
+    resources:
+        mem_mb=memory("convert", "eval_mem_mb", 8000),
+        runtime=run_setting("convert", "eval_runtime_min", 60),
+        slurm_extra=slurm_options("convert"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
 

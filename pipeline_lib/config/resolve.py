@@ -184,7 +184,8 @@ class Resolver:
         train = self.train(exp)
         settings = {"model": train.settings["model"], "transform": exp.transform, "dtype": "float32"}
         settings["layout"] = getattr(exp.recipe_module, "LAYOUT", "hf")
-        return make_node("convert", train.label, settings, {"train": train, "tokenizer": train.inputs["tokenizer"]})
+        inputs = {"train": train, "tokenizer": train.inputs["tokenizer"]}
+        return make_node("convert", train.label, settings, inputs, self.execution(exp))
 
     def execution(self, exp: Resolved) -> dict[str, Any]:
         """How an experiment's stages run; nothing here is fingerprinted."""
@@ -199,15 +200,7 @@ class Resolver:
     @once
     def task(self, task: str) -> tuple[ModuleType, Settings]:
         """A task's type and settings."""
-        where = f"{self.file}: tasks.{task}"
-        if task not in self.config.tasks:
-            raise UserError(
-                "unknown task",
-                where=self.file,
-                value=task,
-                allowed=list(self.config.tasks),
-                fix="add it under `tasks:`",
-            )
+        where = f"{self.file}: tasks.{known(task, self.config.tasks, 'tasks', self.file)}"
         given = self.config.tasks[task]
         if "type" not in given:
             raise UserError("missing key", where=f"{where}.type", allowed=TASK_TYPES.names(), fix="add `type:` here")

@@ -24,8 +24,14 @@ class Run(Settings):
         default=None, ge=1, description="sequences a rank a forward pass; the rest is accumulated"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of a stage")
-    mem_mb: int | None = Field(default=None, ge=1, description="memory of a training job, MB")
-    runtime_min: int | None = Field(default=None, ge=1, description="time limit of a training job, minutes")
+    mem_mb: int | None = Field(default=None, ge=1, description="memory of a training job a node, MB")
+    runtime_min: int | None = Field(
+        default=None, ge=1, description="time limit of a training job, minutes; longer trainings go on in the next slot"
+    )
+    eval_mem_mb: int | None = Field(
+        default=None, ge=1, description="memory of jobs that convert or evaluate a checkpoint, MB"
+    )
+    eval_runtime_min: int | None = Field(default=None, ge=1, description="time limit of those jobs, minutes")
     checkpoint_every: int | None = Field(default=None, ge=1, description="steps between checkpoints")
     keep_checkpoints: int | None = Field(default=None, ge=1, description="checkpoints kept while training")
     log_every: int | None = Field(default=None, ge=1, description="steps between log lines")
@@ -186,6 +192,16 @@ class Tracking(Settings):
     project: str = Field(default="errata", description="wandb project")
 
 
+class Cluster(Settings):
+    """What is done where when jobs are submitted."""
+
+    network_stages: Literal["here", "jobs"] = Field(
+        default="here",
+        description="here: assets, dataset and publish run beside snakemake, on the login node; "
+        "jobs: they are submitted, for clusters whose nodes reach the internet",
+    )
+
+
 class Report(Settings):
     """The HTML report."""
 
@@ -213,6 +229,7 @@ class Config(Settings):
     )
     run: Run = Field(default=Run(), description="defaults of how stages run")
     tracking: Tracking = Field(default=Tracking(), description="wandb")
+    cluster: Cluster = Field(default=Cluster(), description="where stages run when jobs are submitted")
     report: Report = Field(default=Report(), description="the HTML report")
 
 

@@ -32,7 +32,7 @@ from pipeline_lib.artifacts.store import (
 from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.config.nodes import execution_path, spec_path
 from pipeline_lib.config.stages import STAGES
-from pipeline_lib.stages import slurm
+from pipeline_lib.stages import attempts, slurm
 from pipeline_lib.stages.devices import processes
 
 EXIT_DAMAGED_INPUT, EXIT_STOPPED = 65, 75
@@ -130,14 +130,26 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
         execution["threads"] = threads
     if stage == "train":
         execution["processes"] = processes(execution)
-        execution.setdefault("time_limit_s", slurm.time_limit_s(execution))
+        execution.setdefault("time_limit_s", slurm.seconds_left())
+    slurm.name_job(execution.get("experiment"))
     job = Job(stage, spec["label"], spec["fingerprint"], spec["settings"], inputs, work, out, execution)
+    attempt = attempts.begin(work)
     try:
         importlib.import_module(f"pipeline_lib.stages.{stage}").run(job)
     except Stopped as stop:
+        attempts.end(work, attempt, attempts.STOPPED)
         say(f"{artifact}: {stop}; its state is in {work}: give the same command again and it goes on")
         slurm.requeue()
         return EXIT_STOPPED
+    except KeyboardInterrupt:
+        attempts.end(work, attempt, attempts.STOPPED)
+        raise
+    except UserError as error:
+        attempts.end(work, attempt, attempts.REFUSED, str(error))
+        raise
+    except Exception as error:
+        attempts.end(work, attempt, attempts.FAILED, f"{type(error).__name__}: {error}")
+        raise
     record(out, started)
     publish(out, artifact, spec)
     shutil.rmtree(work, ignore_errors=True)

@@ -1,27 +1,128 @@
-"""What a stage does differently inside a Slurm job: it knows its time limit, and requeues itself."""
+"""What Slurm is asked and told: time left, requeueing, jobs that an earlier run left behind."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline_lib.artifacts.progress import say
 
+ENDED = {
+    "CANCELLED",
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
+COMMENT = re.compile(r"rule_(?P<stage>[a-z]+)_wildcards_(?P<id>[a-z0-9._+-]+)")
+"""How the executor plugin marks its jobs; `name_job` keeps that beginning."""
 
-def time_limit_s(execution: dict[str, Any]) -> float | None:
-    """Seconds this job may run: `runtime_min` inside Slurm, no limit elsewhere."""
-    minutes = execution.get("runtime_min")
-    return float(minutes) * 60 if minutes and "SLURM_JOB_ID" in os.environ else None
+
+def job_id() -> str | None:
+    """The surrounding Slurm job, or None."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def ask(*command: str) -> str | None:
+    """What a Slurm command prints, or None when it fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def seconds_left() -> float | None:
+    """Until Slurm ends this job: None outside Slurm and without a limit.
+
+    Slurm's own count is taken, since a profile or an administrator may have set another limit than config.yaml.
+    """
+    job = job_id()
+    if job is None:
+        return None
+    shown = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L")
+    if shown is None or not shown.strip():
+        say(f"squeue does not say how long Slurm job {job} may run: it stops on SIGTERM only")
+        return None
+    return parse_duration(shown.split()[0])
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of Slurm's `[days-]hours:minutes:seconds` or `minutes:seconds`; None for no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def name_job(experiment: str | None) -> None:
+    """Add the experiment to the job's comment, which says rule and artifact already (`squeue -o '%i %k'`)."""
+    job = job_id()
+    if job is not None and experiment:
+        comment = ask("squeue", "--noheader", f"--jobs={job}", "--format=%k")
+        if comment and COMMENT.match(comment):
+            beginning = comment.strip().partition(",")[0]
+            ask("scontrol", "update", f"JobId={job}", f"Comment={beginning}, experiment {experiment}")
 
 
 def requeue() -> None:
-    """Put this job back into the queue under its own id, so that stopping in good order costs no retry."""
-    job = os.environ.get("SLURM_JOB_ID")
+    """Put this job back into the queue under its own id, so that stopping in good order costs no retry.
+
+    Not when it was cancelled: somebody wants it to end.
+    """
+    job = job_id()
     if job is None:
+        return
+    state = (ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T") or "").strip()
+    if state == "PENDING":  # preempted: Slurm has put it back itself
+        return
+    if state not in ("RUNNING", "PREEMPTED", "TIMEOUT"):
+        say(f"Slurm job {job} was cancelled, so it is not requeued")
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:
         say(f"Slurm job {job} could not be requeued ({done.stderr.strip()}); Snakemake submits it again")
     else:
         say(f"Slurm job {job} requeued; it goes on from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A job that an earlier orchestrator of this folder submitted and that has not ended."""
+
+    job: str
+    stage: str
+    id: str
+    state: str
+
+
+def orphans(folder: Path) -> list[Orphan]:
+    """Jobs of ours in `folder`.
+
+    Raises:
+        ConnectionError: Slurm does not answer.
+    """
+    shown = ask("squeue", "--me", "--noheader", "--format=%i|%T|%Z|%k")
+    if shown is None:
+        raise ConnectionError("squeue does not answer")
+    found = []
+    for line in shown.splitlines():
+        job, state, workdir, comment = line.split("|", 3)
+        match = COMMENT.match(comment)
+        if match and Path(workdir).resolve() == folder.resolve():
+            found.append(Orphan(job, match["stage"], match["id"], state))
+    return found
+
+
+def is_alive(job: str) -> bool:
+    """Whether a job waits or runs."""
+    shown = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T")  # fails when Slurm has forgotten the job
+    return bool(shown and shown.strip() and shown.strip() not in ENDED)

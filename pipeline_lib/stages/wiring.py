@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.nodes import Node, execution_path, spec_path
 from pipeline_lib.config.plan import Plan
+from pipeline_lib.stages import attempts, slurm
 
 ORCHESTRATOR = store.RESULTS / ".orchestrator.lock"
 HEAL_LIMIT = 3
+STARTED = time.time()
 
 
 def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> Plan:
@@ -43,7 +46,7 @@ def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> P
     return plan
 
 
-def freeze(plan: Plan, node: Node) -> None:
+def freeze(node: Node) -> None:
     """Write a node's spec (immutable, named by its hash) and its execution settings."""
     path = spec_path(node.stage, node.id)
     if not path.exists() or not path.stat().st_size:  # empty after a power failure
@@ -52,6 +55,10 @@ def freeze(plan: Plan, node: Node) -> None:
         beside = execution_path(node.stage, node.id)
         if not beside.exists() or read_json(beside) != node.execution:
             write_json(beside, node.execution, durable=False)
+
+
+_asked: dict[str, Node] = {}
+"""Nodes of this DAG by path: their specs are frozen when a run begins, which a dry run is spared."""
 
 
 def inputs(plan: Plan, stage: str, node_id: str) -> list[str]:
@@ -75,13 +82,13 @@ def _upstream(plan: Plan, stage: str, node_id: str) -> list[str]:
                 fix="ask for a readable target, e.g. results/plain-nano/pydocs.json",
             ) from None
         return [f"{store.STORE}/{entry['stage']}/{entry['id']}/{store.MANIFEST}" for entry in upstream]
-    freeze(plan, node)
+    _asked[node.path] = node
     if stage == "sweep":
-        return _sweep_upstream(plan, node)
+        return _sweep_upstream(node)
     return [f"{upstream.path}/{store.MANIFEST}" for upstream in node.inputs.values()]
 
 
-def _sweep_upstream(plan: Plan, node: Node) -> list[str]:
+def _sweep_upstream(node: Node) -> list[str]:
     """Cells that share a checkpoint are evaluated by the sweep itself, in one process; others are jobs of their own."""
     cells: dict[str, list[Node]] = {}
     for cell in node.inputs.values():
@@ -93,7 +100,7 @@ def _sweep_upstream(plan: Plan, node: Node) -> list[str]:
             if len(unique) == 1:
                 needed[f"{cell.path}/{store.MANIFEST}"] = None
                 continue
-            freeze(plan, cell)
+            _asked[cell.path] = cell
             if not os.path.exists(f"{cell.path}/{store.MANIFEST}"):
                 needed.update({f"{upstream.path}/{store.MANIFEST}": None for upstream in cell.inputs.values()})
     return list(needed)
@@ -108,7 +115,7 @@ def view_inputs(plan: Plan, view: str) -> list[str]:
     node, file = plan.view(view)
     if views.is_fresh(Path(view), Path(node.path) / file):
         return []
-    freeze(plan, node)
+    freeze(node)  # now, since it is an input
     views.make_stale(Path(view))
     return [f"{node.path}/{store.MANIFEST}", str(spec_path(node.stage, node.id))]
 
@@ -131,6 +138,53 @@ def resource(plan: Plan, stage: str, node_id: str, key: str, default: int | str)
     execution = node.execution if node is not None else _execution(stage, node_id)
     value = execution.get(key)
     return default if value is None else value
+
+
+def memory(plan: Plan, stage: str, node_id: str, key: str, default: int) -> int:
+    """MB for the next attempt: once more for each attempt that was killed without a word."""
+    work = store.work_directory(store.STORE / stage / node_id)
+    return int(resource(plan, stage, node_id, key, default)) * (1 + attempts.killed(work))
+
+
+def gpus(plan: Plan, stage: str, node_id: str) -> int:
+    """GPUs of a training, over all its nodes."""
+    return resource(plan, stage, node_id, "gpus", 0) * resource(plan, stage, node_id, "nodes", 1)
+
+
+def slurm_options(plan: Plan, workflow: Any, stage: str, node_id: str) -> str:
+    """Further options of sbatch: as many GPUs on every node, and waiting for a job that is at the artifact already."""
+    options = []
+    a_node = resource(plan, stage, node_id, "gpus", 0)
+    if stage == "train" and a_node and resource(plan, stage, node_id, "nodes", 1) > 1:
+        options.append(f"--gpus-per-node={a_node}")
+    if submits(workflow):
+        waited_for = [job.job for job in _left_behind() if (job.stage, job.id) == (stage, node_id)]
+        options += [f"--dependency=afterany:{job}" for job in waited_for if slurm.is_alive(job)]
+    return " ".join(options)
+
+
+def submits(workflow: Any) -> bool:
+    """Whether this process submits jobs to Slurm."""
+    plugin = workflow.executor_plugin
+    return workflow.is_main_process and plugin is not None and plugin.name == "slurm"
+
+
+@lru_cache(maxsize=1)
+def _left_behind() -> list[slurm.Orphan]:
+    """Jobs that a killed orchestrator submitted."""
+    try:
+        return slurm.orphans(Path.cwd())
+    except ConnectionError as error:
+        sys.exit(f"errata: {error}, so jobs of an earlier run may still be at work; try again when Slurm answers")
+
+
+def tell_left_behind() -> None:
+    """Say what becomes of jobs that an earlier run submitted."""
+    for job in _left_behind():
+        what = f"this run does not need it: `scancel {job.job}` ends it"
+        if f"{store.STORE}/{job.stage}/{job.id}" in _asked:
+            what = "what this run submits for it waits for its end and adopts its work"
+        say(f"Slurm job {job.job} ({job.state}) of an earlier run is at {job.stage} {job.id}; {what}")
 
 
 def leave_cores_to_the_cluster(workflow: Any) -> None:
@@ -156,13 +210,23 @@ def sweep_markers() -> None:
         shutil.rmtree(".snakemake/incomplete", ignore_errors=True)
 
 
-def hold_the_house() -> None:
-    """At the start of a run: one orchestrator a results/ directory."""
+def begin(workflow: Any) -> None:
+    """At the start of a run: one orchestrator a results/ directory, and every spec frozen."""
     holder = try_hold(ORCHESTRATOR)
     if holder is not None:
         sys.exit(
             f"errata: another snakemake ({holder}) works in this results/; wait for it, then give the same command"
         )
+    for node in _asked.values():
+        freeze(node)
+    if submits(workflow):
+        tell_left_behind()
+
+
+def tell_failures() -> None:
+    """At the end of a failed run: what failed, where its log is, and what to do."""
+    for paragraph in attempts.failures(STARTED):
+        say(paragraph)
 
 
 def plan_again_if_damage_was_reported() -> None:

@@ -96,9 +96,14 @@ def _over_nodes(job_file: Path, nodes: int) -> Exception | None:
     # A port from the job id: two jobs on one node meet different ones.
     endpoint = f"{hosts[0]}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
     command = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    threads, gpus = Job.load(job_file).execution.get("threads"), Job.load(job_file).execution.get("gpus")
+    command += [f"--cpus-per-task={threads}"] if threads else []  # srun would give a task one CPU
+    command += [f"--gpus-per-node={gpus}"] if gpus else []
     command += ["--kill-on-bad-exit=1", sys.executable, "-m", "pipeline_lib.training.launch", str(job_file), endpoint]
     process = subprocess.Popen(command, preexec_fn=die_with_parent_of_fork)
-    former = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+    # To srun itself a SIGTERM means: kill the ranks at once. Slurm's own word reaches them instead.
+    to_ranks = ["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]]
+    former = signal.signal(signal.SIGTERM, lambda number, frame: subprocess.Popen(to_ranks) and None)
     try:
         code = process.wait()
     finally:
@@ -113,9 +118,12 @@ def die_with_parent_of_fork() -> None:
 
 
 def _slurm_hosts() -> list[str]:
-    names = os.environ.get("SLURM_JOB_NODELIST")
-    if not names or "SLURM_JOB_ID" not in os.environ or shutil.which("scontrol") is None:
+    """Host names of the surrounding Slurm job; asked for, since Snakemake's executor strips SLURM_JOB_NODELIST."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("squeue") is None:
         return []
+    listed = ["squeue", "--noheader", f"--jobs={job}", "--format=%N"]
+    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.strip()
     shown = subprocess.run(["scontrol", "show", "hostnames", names], capture_output=True, text=True, check=True)
     return shown.stdout.split()
 

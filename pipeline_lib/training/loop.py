@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
 from pipeline_lib.training import distributed
@@ -215,8 +214,6 @@ def resumable(directory: Path, job: Job) -> dict[str, Any]:
             allowed=job.fingerprint[:12],
             fix="remove the work directory",
         )
-    if distributed.rank() == 0:
-        say(f"{job.label}: goes on from {directory.name}")
     return values
 
 

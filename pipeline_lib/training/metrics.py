@@ -36,6 +36,8 @@ class MetricsLog:
         self._out, self._work = out_file, work_file
         self._start = time.monotonic()
         _truncate(work_file, resumed_step)
+        if resumed_step:
+            say(f"{job.label or job.stage}: goes on from step {resumed_step}")
         self._progress = Progress(job.label or job.stage, steps, "steps", done=resumed_step)
         self._step = resumed_step
         self._wandb = _Wandb(job)

@@ -72,7 +72,7 @@ class Bench:
             self.make(upstream)
         if node.path not in self._done:
             os.chdir(self.root / "whole")
-            wiring.freeze(self.plan, node)
+            wiring.freeze(node)
             self._run(node, "whole", None)
             self._done.add(node.path)
         return self.root / "whole" / node.path

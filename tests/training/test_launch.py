@@ -116,7 +116,7 @@ def test_a_workers_user_error_reaches_the_stage(bench: Bench) -> None:
 
 
 def test_several_nodes_need_slurm(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     job = Job.load(bench.fresh("nodes", nodes=2) / "job.json")
     with pytest.raises(UserError, match=r"2 nodes asked for, 0 at hand"):
         launch.launch(job)
@@ -126,14 +126,14 @@ def test_several_nodes_are_started_by_srun(bench: Bench, monkeypatch: pytest.Mon
     """One launcher a node, meeting at the first host; a failing srun is a failure of the training."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'n1\\nn2\\n'\n")
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nexit 3\n')
-    for name in ("scontrol", "srun"):
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'n[1-2]'\n")
+    for name in ("scontrol", "squeue", "srun"):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    job = Job.load(bench.fresh("srun", nodes=2, processes=4) / "job.json")
+    job = Job.load(bench.fresh("srun", nodes=2, processes=4, gpus=4, threads=6) / "job.json")
     with pytest.raises(RuntimeError, match="a training process failed"):
         launch.launch(job)
     called = (tmp_path / "called").read_text()
-    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in called
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=6 --gpus-per-node=4" in called
     assert called.rstrip().endswith(f"{job.work / 'job.json'} n1:20007")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline_lib.config.plan import Plan
 from pipeline_lib.config.stages import NOT_BUILT, STAGES
+from pipeline_lib.stages.wiring import freeze
 from tests.workflow.clone import Clone
 from tests.workflow.conftest import CONFIG, TARGETS
 
@@ -141,9 +144,12 @@ def test_assets_and_dataset_would_have_hit_it(kind: str, blocked: Blocked) -> No
     changed["experiments"]["far"] = {"model": "tiny", "dataset": "far"}
     blocked.clone.write_config(changed)
     target = "results/plain-hubbed/words.json" if kind == "assets" else "results/far/words.json"
-    blocked.clone.snakemake("-n", target)  # freezes the specs
-    specs = (blocked.clone.root / "results" / "specs" / kind).glob("*nowhere*.json")
-    [name] = [path.stem for path in specs if not path.name.endswith(".run.json")]
+    with contextlib.chdir(blocked.clone.root):
+        plan = Plan.load()
+        plan.view(target)
+        [node] = [node for node in plan.nodes.values() if node.stage == kind and "nowhere" in node.id]
+        freeze(node)
+    name = node.id
     before = set((blocked.clone.root / "results" / "store").glob("*/*"))
     assert blocked.until_an_attempt(f"results/store/{kind}/{name}/manifest.json") is None
     assert "huggingface.co" in blocked.attempts()[0]

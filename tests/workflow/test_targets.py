@@ -85,9 +85,9 @@ def test_literal_target_lists_each_stage(line: str, fresh: Clone) -> None:
     assert "gpu=2" in listed["train"][0]
     assert all("gpu=1" in text for text in listed["evaluate"])
     if "slurm" in line:
-        assert "slurm_partition=gpu" in listed["train"][0]
-        assert "slurm_partition=cpu" in listed["dataset"][0]
+        assert "nodes=1" in listed["train"][0]
         assert "runtime=240" in listed["train"][0]
+        assert "runtime=60" in listed["evaluate"][0]
 
 
 def test_every_size_plans_plain_and_with_flips(fresh: Clone) -> None:
@@ -245,7 +245,8 @@ wc -l < "{log}"
 """
 
 
-def test_slurm_profile_submits_with_what_the_config_asks_for(copied: Clone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_slurm_profile_submits_with_what_the_config_asks_for(nodes: int, copied: Clone, tmp_path: Path) -> None:
     """To a stand-in of Slurm's commands: executor, partition, GPUs, and threads not cut to this machine's cores."""
     log, commands = tmp_path / "sbatch.log", tmp_path / "bin"
     commands.mkdir()
@@ -255,7 +256,9 @@ def test_slurm_profile_submits_with_what_the_config_asks_for(copied: Clone, tmp_
     for path in commands.iterdir():
         path.chmod(0o755)
     changed = copy.deepcopy(CONFIG)
-    changed["models"]["tiny"]["run"].update({"gpus": 3, "threads": 301, "mem_mb": 1234, "runtime_min": 77})
+    changed["models"]["tiny"]["run"].update(
+        {"gpus": 3, "nodes": nodes, "threads": 301, "mem_mb": 1234, "runtime_min": 77}
+    )
     copied.write_config(changed)
     for name in ("train", "convert", "evaluate", "result"):
         shutil.rmtree(copied.root / "results" / "store" / name)
@@ -283,6 +286,8 @@ def test_slurm_profile_submits_with_what_the_config_asks_for(copied: Clone, tmp_
     assert words[words.index("-p") + 1] == "gpu"
     assert words[words.index("-t") + 1] == "77"
     assert words[words.index("--mem") + 1] == "1234"
-    assert {"--gpus=3", "--cpus-per-task=301", "--requeue"} <= set(words)
+    assert {f"--gpus={3 * nodes}", f"--nodes={nodes}", "--cpus-per-task=301", "--requeue"} <= set(words)
+    several = {"--gpus-per-node=3", "--ntasks=2"}  # one task a node: torchrun starts the ranks
+    assert several & set(words) == (several if nodes == 2 else set())
     assert "--cores 'all'" in wrapped
     assert "slurm-jobstep" in wrapped

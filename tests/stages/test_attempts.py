@@ -1,0 +1,76 @@
+"""What became of attempts, and what the next one makes of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline_lib.artifacts.locks import exclusive
+from pipeline_lib.stages import attempts
+
+NAME = "train--pretrain-plain-0123456789ab"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    folder = Path("results/work") / NAME
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_kill_without_a_word_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attempts.killed(work) == 0
+    attempts.begin(work)
+    assert attempts.killed(work) == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    second = attempts.begin(work)
+    assert second.killed == 1
+    assert attempts.killed(work) == 2
+    attempts.end(work, second, attempts.FAILED, "an error")
+    assert attempts.killed(work) == 1, "an error of ours is not for want of memory"
+
+
+def test_a_job_that_slurm_requeued_does_not_count(work: Path) -> None:
+    attempts.begin(work)
+    assert attempts.begin(work).killed == 0
+
+
+def test_outside_slurm_nothing_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    attempts.begin(work)
+    assert attempts.killed(work) == 0
+
+
+def test_a_torn_note_is_no_note(work: Path) -> None:
+    (work / attempts.NOTE).write_text('{"started": 1')
+    assert attempts.read(work) is None
+    assert attempts.killed(work) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "words"),
+    [
+        (attempts.RUNNING, "", ["was killed without a word", "Slurm job 1", "run.mem_mb"]),
+        (attempts.STOPPED, "", ["stopped in good order", "goes on"]),
+        (attempts.FAILED, "ValueError: x", ["failed in Slurm job 1", "ValueError: x", "see the log"]),
+        (attempts.REFUSED, "heads must divide dim", ["refused", "heads must divide dim", "mend"]),
+    ],
+)
+def test_failures_name_stage_job_log_and_fix(state: str, message: str, words: list[str], work: Path) -> None:
+    began = time.time() - 1
+    attempts.end(work, attempts.begin(work), state, message)
+    [told] = attempts.failures(began)
+    for word in [*words, "train pretrain-plain-0123456789ab", "results/logs/train/pretrain-plain-0123456789ab.log"]:
+        assert word in told
+    assert attempts.failures(time.time() + 1) == [], "of an earlier run"
+
+
+def test_what_is_still_at_work_has_not_failed(work: Path) -> None:
+    attempts.begin(work)
+    with exclusive(work.with_name(f"{NAME}.lock"), "x"):
+        assert attempts.failures(0) == []
+    assert len(attempts.failures(0)) == 1
