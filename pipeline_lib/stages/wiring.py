@@ -57,8 +57,8 @@ def freeze(node: Node) -> None:
             write_json(beside, node.execution, durable=False)
 
 
-_asked: dict[str, Node] = {}
-"""Nodes of this DAG by path: their specs are frozen when a run begins, which a dry run is spared."""
+_asked: dict[str, Node | None] = {}
+"""Nodes of this DAG by path (None: frozen by an earlier plan). Specs are frozen when a run begins; `-n` is spared it."""
 
 
 def inputs(plan: Plan, stage: str, node_id: str) -> list[str]:
@@ -72,6 +72,7 @@ def inputs(plan: Plan, stage: str, node_id: str) -> list[str]:
 
 def _upstream(plan: Plan, stage: str, node_id: str) -> list[str]:
     node = plan.node(stage, node_id)
+    _asked[f"{store.STORE}/{stage}/{node_id}"] = node
     if node is None:  # a cluster job, or an artifact that config.yaml no longer holds
         try:
             upstream = read_json(spec_path(stage, node_id))["inputs"].values()
@@ -82,7 +83,6 @@ def _upstream(plan: Plan, stage: str, node_id: str) -> list[str]:
                 fix="ask for a readable target, e.g. results/plain-nano/pydocs.json",
             ) from None
         return [f"{store.STORE}/{entry['stage']}/{entry['id']}/{store.MANIFEST}" for entry in upstream]
-    _asked[node.path] = node
     if stage == "sweep":
         return _sweep_upstream(node)
     return [f"{upstream.path}/{store.MANIFEST}" for upstream in node.inputs.values()]
@@ -217,7 +217,7 @@ def begin(workflow: Any) -> None:
         sys.exit(
             f"errata: another snakemake ({holder}) works in this results/; wait for it, then give the same command"
         )
-    for node in _asked.values():
+    for node in filter(None, _asked.values()):
         freeze(node)
     if submits(workflow):
         tell_left_behind()

@@ -59,7 +59,7 @@ SlurmdTimeout=10
 SlurmctldTimeout=10
 InactiveLimit=0
 KillWait=10
-MinJobAge=300
+MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -94,7 +94,7 @@ class MiniSlurm:
     """The cluster whose files are in `folder`."""
 
     folder: Path
-    cpu_nodes: int = 2
+    cpu_nodes: int = 12
     gpu_nodes: int = 2
     port: int = 17000
 
@@ -159,6 +159,9 @@ class MiniSlurm:
             gres += [f"NodeName={node} Name=gpu Type={GPU} File={self.folder}/gpu[0-3]"] if has_gpus else []
         names = {"cpu": f"cpu[1-{self.cpu_nodes}]", "gpu": f"gpu[1-{self.gpu_nodes}]"}
         lines.append(PARTITIONS.format(**names, all=",".join(names.values())))
+        # A test that loses its node disturbs no other: every cpu node is a partition of its own, the last two another.
+        lines += [f"PartitionName={node} Nodes={node} MaxTime=1-00:00:00" for node in self.nodes[: self.cpu_nodes]]
+        lines.append(f"PartitionName=pair Nodes=cpu[{self.cpu_nodes - 1}-{self.cpu_nodes}] MaxTime=1-00:00:00")
         (self.folder / "slurm.conf").write_text("\n".join(lines))
         (self.folder / "gres.conf").write_text("\n".join(gres) + "\n")
         for number in range(4):  # must be character devices; these are /dev/null

@@ -6,11 +6,13 @@ from typing import Any
 
 from studies.report import FOLDER
 
-STUDIES = ("kills", "robustness")
+STUDIES = ("chaos", "kills", "robustness")
 NOT_RUN = [name for name in STUDIES if not (FOLDER / f"{name}.json").exists()]
 collect_ignore = [f"test_{name}.py" for name in NOT_RUN]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name in NOT_RUN:
-        terminalreporter.write_line(f"NOT TESTED: study {name} has no studies/{name}.json yet: run `make study-{name}`")
+        terminalreporter.write_line(
+            f"NOT TESTED: study {name} has no studies/{name}.json yet: run `python -m studies.{name}`"
+        )

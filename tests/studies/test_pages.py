@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from studies import kills, robustness
+from studies import chaos, kills, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
-ALL: dict[str, Derive] = {"kills": kills.derive, "robustness": robustness.derive}
+ALL: dict[str, Derive] = {"chaos": chaos.derive, "kills": kills.derive, "robustness": robustness.derive}
 DERIVE = {name: derive for name, derive in ALL.items() if (FOLDER / f"{name}.json").exists()}
 
 
@@ -35,10 +35,15 @@ def lose_a_kill(study: dict[str, Any]) -> None:
     study["random"].pop()
 
 
+def change_a_fault(study: dict[str, Any]) -> None:
+    study["faults"][5]["steps_lost"] += 1
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
     ("robustness", change_a_setting),
+    ("chaos", change_a_fault),
     ("kills", change_a_time),
     ("kills", lose_a_kill),
 ]

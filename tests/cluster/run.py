@@ -1,0 +1,152 @@
+"""A pipeline that runs through Slurm, and what can be seen and done while its training is at work."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline_lib.artifacts.files import sha256_file
+from pipeline_lib.config.plan import Plan
+from pipeline_lib.stages.wiring import freeze
+from tests.cluster.minislurm import MiniSlurm, wait
+from tests.workflow.clone import TINY, Clone
+
+EVERY = 20  # steps between checkpoints
+CONFIG = copy.deepcopy(TINY)
+CONFIG["models"]["tiny"]["recipe"]["pretrain"].update(steps=600, global_batch=16)
+CONFIG["models"]["tiny"]["run"].update(
+    checkpoint_every=EVERY, log_every=1, mem_mb=3000, runtime_min=20, eval_mem_mb=3000, eval_runtime_min=20
+)
+RESULT = "results/plain-tiny/words.json"
+# The plugin polls less and less often; the first polls decide how long a test takes.
+QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--max-status-checks-per-second", "2")
+SQUEUE = """#!/bin/sh
+[ -e "{switch}" ] && exit 1
+exec {squeue} "$@"
+"""
+
+
+class Run:
+    """`snakemake --profile slurm` in a clone whose jobs go to one node; unless told otherwise it makes the training alone.
+
+    Args:
+        slurm: the cluster.
+        root: where the clone is made.
+        node: the node of all jobs, or `cpu` and the like for a whole partition.
+        config: of the clone.
+        data_from: a clone whose results are taken over, but for the training.
+    """
+
+    def __init__(
+        self, slurm: MiniSlurm, root: Path, node: str, config: dict[str, Any], data_from: Clone | None = None
+    ) -> None:
+        self.slurm, self.clone = slurm, Clone.make(root, config)
+        if data_from is not None:
+            self.clone.copy_results_from(data_from)
+            shutil.rmtree(root / "results" / "store" / "train")
+        (root / "slurm" / "partitions.yaml").write_text(yaml.safe_dump({"partitions": {node: {"max_gpu": 0}}}))
+        self.switch = root / "squeue-fails"
+        (root / "bin").mkdir()
+        wrapper = root / "bin" / "squeue"
+        wrapper.write_text(SQUEUE.format(switch=self.switch, squeue=shutil.which("squeue")))
+        wrapper.chmod(0o755)
+        with contextlib.chdir(root):
+            plan = Plan.load()
+            plan.view(f"results/{next(iter(config['experiments']))}/{next(iter(config['tasks']))}.json")
+            for node in plan.nodes.values():
+                freeze(node)
+        self.target = next(f"{node.path}/manifest.json" for node in plan.nodes.values() if node.stage == "train")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.output = root / "output"
+
+    def start(self, *arguments: str) -> None:
+        """Start Snakemake, for the training where `arguments` name no target; its output is added to `output`."""
+        self.arguments = arguments or (self.target,)
+        command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *QUICK, *self.arguments]
+        path = f"{self.clone.root}/bin{os.pathsep}{os.environ['PATH']}"
+        with open(self.output, "ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=self.clone.root, env=self.clone.environment({"PATH": path}),
+                stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self, seconds: float = 400, ok: bool = True) -> str:
+        """Wait for Snakemake's end, lifting the delay of requeued jobs; its output."""
+        assert self.process is not None
+        end = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.said()[-5000:] + self.slurm.run("squeue", "--states=all"))
+            self.slurm.start_now()
+            time.sleep(1)
+        assert (self.process.returncode == 0) == ok, self.said()[-5000:]
+        return self.said()
+
+    def weights(self) -> str:
+        """SHA-256 of the trained weights."""
+        return sha256_file((self.clone.root / self.target).with_name("model.safetensors"))
+
+    def kill(self) -> None:
+        """SIGKILL to Snakemake and its local jobs."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def said(self) -> str:
+        """What Snakemake has printed so far."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def step(self) -> int:
+        """The last training step that was logged."""
+        for path in (self.clone.root / "results" / "work").glob("train--*/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            return _step(lines[-1]) or _step(lines[-2]) if len(lines) > 1 else 0
+        return 0
+
+    def wait_for_step(self, step: int, seconds: float = 200) -> None:
+        """Until the training has done `step` steps.
+
+        Raises:
+            TimeoutError: it has not.
+        """
+        if not wait(lambda: self.step() >= step or self.process_ended(), seconds, 0.1) or self.step() < step:
+            raise TimeoutError(f"step {self.step()}\n{self.said()[-4000:]}\n{self.slurm.run('squeue')}")
+
+    def process_ended(self) -> bool:
+        """Whether Snakemake has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+    def job(self, rule: str = "train") -> str:
+        """The running job of a rule in this clone."""
+        shown = self.slurm.run("squeue", "-h", "-t", "RUNNING", "-o", "%i|%Z|%k").splitlines()
+        jobs = [line.split("|") for line in shown]
+        return next(job for job, folder, comment in jobs if folder == str(self.clone.root) and f"_{rule}_" in comment)
+
+    def jobs_submitted(self) -> list[str]:
+        """Numbers of all jobs that Snakemake says it submitted for the training."""
+        return re.findall(r"SLURM jobid (\d+) \(log: \S*/rule_train/", self.said())
+
+    def resumed_from(self) -> list[int]:
+        """The steps that trainings went on from, in order."""
+        logs = (self.clone.root / "results" / "logs" / "train").glob("*.log")
+        return [int(step) for log in logs for step in re.findall(r"goes on from step (\d+)", log.read_text())]
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # being written
+        return 0

@@ -1,0 +1,74 @@
+"""Whole targets through Slurm: the demo's plain half, a training over two nodes, and what is refused or fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import yaml
+
+from pipeline_lib.artifacts.files import read_json
+from tests.cluster.minislurm import MiniSlurm
+from tests.cluster.run import CONFIG, RESULT, Run
+from tests.workflow.clone import ROOT, Clone
+
+
+def test_the_demos_plain_half(slurm: MiniSlurm, tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["models"]["nano"]["run"].update(eval_mem_mb=3000, threads=2)
+    run = Run(slurm, tmp_path / "clone", "cpu", config)
+    target = "results/plain-nano/pydocs.json"
+    run.start(target)
+    said = run.finish(900)
+    result = read_json(run.clone.root / target)["result"]
+    assert result["clean"]["metrics"]["byte_perplexity"]["mean"] < 6
+    submitted = {line.split("/rule_")[1].split("/")[0] for line in said.splitlines() if "SLURM jobid" in line}
+    assert submitted == {"tokenizer", "tokens", "train", "convert", "evaluate"}
+    assert "localrule dataset" in said, "compute nodes need no internet"
+    comments = slurm.run("squeue", "-h", "--states=all", "-o", "%Z|%k").splitlines()
+    ours = [line.split("|")[1] for line in comments if line.startswith(f"{run.clone.root}|")]
+    assert any(c.startswith("rule_train_wildcards_pretrain-plain-") and "experiment plain-nano" in c for c in ours)
+
+
+def test_two_nodes_of_two_processes(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
+    """One torchrun a node, FSDP over gloo: the same training but for the order of sums."""
+    config = copy.deepcopy(CONFIG)
+    config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 40
+    config["models"]["tiny"]["run"].update(nodes=2, cpu_processes=2, threads=2)
+    run = Run(slurm, tmp_path / "clone", "pair", config, undisturbed)
+    run.start()
+    run.finish()
+    training = (run.clone.root / run.target).parent
+    assert read_json(training / "train.json")["provenance"]["processes"] == 4
+    [job] = run.jobs_submitted()
+    assert slurm.field(job, "NumNodes") == "2"
+    [alone] = (undisturbed.root / "results" / "store" / "train").iterdir()
+    lines = [(path / "log" / "metrics.jsonl").read_text().splitlines() for path in (training, alone)]
+    losses = [{row["step"]: row["loss"] for row in map(json.loads, own)} for own in lines]
+    assert list(losses[0]) == list(range(1, 41)), "each step once: the script did not run twice"
+    # The schedules differ (40 steps or 900), so only the first steps are the same training.
+    assert abs(losses[0][1] - losses[1][1]) < 1e-4
+
+
+def test_what_slurm_rejects_is_told_and_the_rest_goes_on(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["experiments"]["huge"] = {"model": "tiny", "seed": 5, "transform": "plain", "run": {"mem_mb": 99_000_000}}
+    config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 4
+    run = Run(slurm, tmp_path / "clone", "cpu10", config, undisturbed)
+    run.start("--retries", "0", "--", "results/huge/words.json", RESULT)
+    said = run.finish(ok=False)
+    assert "Memory specification can not be satisfied" in said or "Requested node configuration" in said
+    assert (run.clone.root / RESULT).exists(), "the other branch goes on"
+
+
+def test_a_failing_stage_names_job_log_and_fix(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["models"]["tiny"]["run"].update(micro_batch=3)  # does not divide the global batch
+    run = Run(slurm, tmp_path / "clone", "cpu10", config, undisturbed)
+    run.start("--retries", "0", "--", run.target)
+    said = run.finish(ok=False)
+    [job] = run.jobs_submitted()
+    told = said[said.index("errata: train pretrain-plain-llama") :]
+    for word in (f"refused in Slurm job {job}", "micro_batch", "results/logs/train/pretrain-plain-llama", "fix:"):
+        assert word in told, told
