@@ -1,9 +1,9 @@
-# make env | demo | test | lint | format | bench | study-<name>. Everything runs in .venv, which `make env` makes from envs/pins.txt.
+# make env | demo | test | test-cluster | lint | format | bench | study-<name> | chaos. Everything runs in .venv, which `make env` makes from envs/pins.txt.
 SHELL := /bin/bash
 BIN := .venv/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: env demo test lint format clean
+.PHONY: env demo test test-cluster lint format clean
 
 env:
 	@bash envs/make_env.sh
@@ -14,6 +14,10 @@ demo: env
 
 test: env lint
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	$(BIN)/python -m tests.cluster
+
+test-cluster: env
+	$(BIN)/python -m tests.cluster
 
 lint: env
 	$(BIN)/ruff check .
@@ -31,10 +35,13 @@ clean:
 BENCHMARKS := planning startup sweep nano_training bitflip_step
 STUDIES := study-robustness study-kills
 
-.PHONY: bench $(STUDIES)
+.PHONY: bench chaos $(STUDIES)
 
 bench: env
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 $(STUDIES): study-%: env
 	$(BIN)/python -m studies.$*
+
+chaos: env
+	$(BIN)/python -m studies.chaos

@@ -58,7 +58,7 @@ def freeze(node: Node) -> None:
 
 
 _asked: dict[str, Node | None] = {}
-"""Nodes of this DAG by path (None: frozen by an earlier plan). Specs are frozen when a run begins; `-n` is spared it."""
+"""Nodes of this DAG by path (None: frozen before). Specs are frozen when a run begins, which `-n` is spared."""
 
 
 def inputs(plan: Plan, stage: str, node_id: str) -> list[str]:

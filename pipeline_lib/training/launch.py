@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def _over_nodes(job_file: Path, nodes: int) -> Exception | None:
             fix="run with --profile slurm, or set nodes: 1",
         )
     # A port from the job id: two jobs on one node meet different ones.
-    endpoint = f"{hosts[0]}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
+    endpoint = f"{_address(hosts[0])}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
     command = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     threads, gpus = Job.load(job_file).execution.get("threads"), Job.load(job_file).execution.get("gpus")
     command += [f"--cpus-per-task={threads}"] if threads else []  # srun would give a task one CPU
@@ -126,6 +127,13 @@ def _slurm_hosts() -> list[str]:
     names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.strip()
     shown = subprocess.run(["scontrol", "show", "hostnames", names], capture_output=True, text=True, check=True)
     return shown.stdout.split()
+
+
+def _address(node: str) -> str:
+    """Where Slurm reaches a node, whose name need not be one that can be looked up."""
+    shown = subprocess.run(["scontrol", "show", "node", node, "--oneliner"], capture_output=True, text=True).stdout
+    match = re.search(r"\bNodeAddr=(\S+)", shown)
+    return match.group(1) if match else node
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ def test_several_nodes_need_slurm(bench: Bench, monkeypatch: pytest.MonkeyPatch)
 
 def test_several_nodes_are_started_by_srun(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One launcher a node, meeting at the first host; a failing srun is a failure of the training."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'n1\\nn2\\n'\n")
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n[ $2 = node ] && echo NodeName=$3 NodeAddr=10.0.0.7 Port=1 || printf 'n1\\nn2\\n'\n"
+    )
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nexit 3\n')
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'n[1-2]'\n")
     for name in ("scontrol", "squeue", "srun"):
@@ -136,4 +138,4 @@ def test_several_nodes_are_started_by_srun(bench: Bench, monkeypatch: pytest.Mon
         launch.launch(job)
     called = (tmp_path / "called").read_text()
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=6 --gpus-per-node=4" in called
-    assert called.rstrip().endswith(f"{job.work / 'job.json'} n1:20007")
+    assert called.rstrip().endswith(f"{job.work / 'job.json'} 10.0.0.7:20007")
