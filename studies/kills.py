@@ -63,6 +63,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "study": NAME,
         "settings": {"targets": list(TARGETS), "seed": given.seed},
+        "note": "",
         "digest": digest,
         "undisturbed_s": round(undisturbed, 1),
         "points": points,
@@ -157,7 +158,7 @@ next run waits for it and adopts its artifact.
 
 {times}
 
-{where} The digest is `{digest}`.
+{where} {note} The digest is `{digest}`.
 
 `make study-kills` kills everything again; the tests repeat some of these kills.
 """
@@ -174,6 +175,7 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
         times=table(times, ["kill", "share", "killed", "unfinished", "survivors", "seconds_to_mend"]),
         seed=study["settings"]["seed"],
         where=where(study),
+        note=study["note"],
         digest=study["digest"],
     )
     return {"docs/studies/kills.md": page}

@@ -121,17 +121,18 @@ class Conformance:
         assert bench.run(work, world=2) == [0, 0]
         bench.same_result(work, bench.reference_of_two)
 
-    def test_two_ranks_go_on_as_one(self, bench: Bench) -> None:
-        """Same data, same faults, the same losses but for the order of sums."""
+    def test_two_ranks_go_on_as_one_and_as_two_again(self, bench: Bench) -> None:
+        """2 → 1 → 2 processes: same data, same faults, the same losses but for the order of sums."""
         work = bench.root / "shrunk"
         if not work.exists():
             self.test_sigterm_to_one_rank_stops_all_at_one_step(bench)
         bench.move(work)
-        assert bench.run(work) == [0]
+        assert bench.run(work, Sabotage("term", "batch", 2)) == [75]
+        assert bench.run(work, world=2) == [0, 0]
         for which in ("sequences", "masks"):
             alone, both, mixed = (seen(path, which) for path in (bench.reference, bench.reference_of_two, work))
             assert differing(alone, both) == [], f"{which} of one rank and of two"
-            assert differing(alone, mixed) == [], f"{which} of one rank and of two that became one"
+            assert differing(alone, mixed) == [], f"{which} of one rank and of two that became one, then two"
             assert len(alone) >= STEPS * BATCH
             assert len(set(alone.values())) == len(alone), f"{which} of no two places are the same"
             assert len({place.split()[1] for place in alone}) == STEPS, f"{which} of every step"

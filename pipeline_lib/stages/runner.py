@@ -33,7 +33,7 @@ from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.config.nodes import execution_path, spec_path
 from pipeline_lib.config.stages import STAGES
 from pipeline_lib.stages import attempts, slurm
-from pipeline_lib.stages.devices import processes
+from pipeline_lib.stages.devices import claim_gpus, processes
 
 EXIT_DAMAGED_INPUT, EXIT_STOPPED = 65, 75
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -128,6 +128,8 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
     out.mkdir(parents=True)
     if threads is not None:
         execution["threads"] = threads
+    if stage in ("train", "evaluate"):
+        claim_gpus(max(1, execution.get("gpus") or 1) if stage == "train" else 1)
     if stage == "train":
         execution["processes"] = processes(execution)
         execution.setdefault("time_limit_s", slurm.seconds_left())

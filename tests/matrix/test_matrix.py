@@ -134,6 +134,8 @@ from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.transforms.base import ROLES, Store, Transform
 from pipeline_lib.transforms.patterns import SitePatterns
 
+pytestmark = pytest.mark.slow
+
 
 class Settings(Base):
     type: Literal["codes"] = "codes"

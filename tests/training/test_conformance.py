@@ -7,6 +7,8 @@ import pytest
 from tests.conformance import Conformance, cases
 from tests.training_bench import Bench, Case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="class", params=cases(), ids=str)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:

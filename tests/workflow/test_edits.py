@@ -16,6 +16,8 @@ import pytest
 from tests.workflow.clone import Clone, write_words
 from tests.workflow.conftest import CONFIG, TARGETS
 
+pytestmark = pytest.mark.slow
+
 Edit = Callable[[Clone], None]
 
 

@@ -24,6 +24,8 @@ from pipeline_lib.config.plan import Plan
 from tests.workflow.clone import ROOT, Clone, jobs
 from tests.workflow.conftest import CONFIG
 
+pytestmark = pytest.mark.slow
+
 LITERAL = "snakemake -n --profile slurm results/bitflip-60m/wikitext.json"
 STAGES = {"assets": 2, "dataset": 1, "tokenizer": 1, "tokens": 1, "train": 1, "convert": 1, "evaluate": 2, "result": 1}
 
