@@ -87,6 +87,8 @@ class _Wandb:
             return
         try:
             os.environ.setdefault("WANDB_SILENT", "true")
+            if mode == "offline":  # else it reports on itself to its maker, offline or not
+                os.environ["WANDB_ERROR_REPORTING"] = "false"
             import wandb
 
             job.work.mkdir(parents=True, exist_ok=True)
