@@ -14,7 +14,6 @@ demo: env
 
 test: env lint
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m tests.cluster
 
 test-cluster: env
 	$(BIN)/python -m tests.cluster

@@ -8,32 +8,32 @@ def needs(stage):
         wiring.leave_cores_to_the_cluster(workflow)
         return wiring.inputs(PLAN, stage, wildcards.id)
 
-    return manifests
+    return wiring.described(manifests)
 
 
 def run_setting(stage, key, default):
     """Resource function: an execution setting of the stage."""
-    return lambda wildcards: wiring.resource(PLAN, stage, wildcards.id, key, default)
+    return wiring.described(lambda wildcards: wiring.resource(PLAN, stage, wildcards.id, key, default))
 
 
 def memory(stage, key, default):
     """Resource function: MB, more after an attempt that was killed for want of it."""
-    return lambda wildcards: wiring.memory(PLAN, stage, wildcards.id, key, default)
+    return wiring.described(lambda wildcards: wiring.memory(PLAN, stage, wildcards.id, key, default))
 
 
 def gpus(stage):
     """Resource function: GPUs of a training, over all its nodes."""
-    return lambda wildcards: wiring.gpus(PLAN, stage, wildcards.id)
+    return wiring.described(lambda wildcards: wiring.gpus(PLAN, stage, wildcards.id))
 
 
 def one_gpu(stage):
     """Resource function: one GPU where the experiment's training has any."""
-    return lambda wildcards: min(1, wiring.resource(PLAN, stage, wildcards.id, "gpus", 0))
+    return wiring.described(lambda wildcards: min(1, wiring.resource(PLAN, stage, wildcards.id, "gpus", 0)))
 
 
 def slurm_options(stage):
     """Resource function: further options of sbatch."""
-    return lambda wildcards: wiring.slurm_options(PLAN, workflow, stage, wildcards.id)
+    return wiring.described(lambda wildcards: wiring.slurm_options(PLAN, workflow, stage, wildcards.id))
 
 
 def several_nodes(stage, value):
@@ -41,7 +41,7 @@ def several_nodes(stage, value):
 
     The executor's word for 'the command starts its own tasks' is mpi: ours starts one torchrun on each node.
     """
-    return lambda wildcards: value if wiring.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else ""
+    return wiring.described(lambda wildcards: value if wiring.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else "")
 
 
 NETWORK_IS_HERE = PLAN.config.cluster.network_stages == "here"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> P
     except UserError as error:
         sys.exit(f"errata: {error}")
     return plan
+
+
+def described(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its signature at hand: Snakemake asks for it several times a job, and working it out takes longer
+    than all of our planning."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
 
 
 def freeze(node: Node) -> None:
