@@ -13,7 +13,7 @@ demo: env
 	@$(BIN)/python -m pipeline_lib demo
 
 test: env lint
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 test-cluster: env
 	$(BIN)/python -m tests.cluster
