@@ -23,7 +23,7 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
             os.fsync(file.fileno())
     os.replace(temporary, path)
     if durable:
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -43,8 +43,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in `path` durable."""
+def sync(path: Path) -> None:
+    """Make a file's bytes durable, or the renames in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.artifacts.files import sha256_file, sync_directory, write_bytes, write_json
+from pipeline_lib.artifacts.files import sha256_file, sync, write_bytes, write_json
 from pipeline_lib.artifacts.locks import exclusive
 from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.fingerprint import fingerprint
@@ -95,7 +95,7 @@ def publish(out: Path, artifact: Path, spec: dict[str, Any]) -> None:
     if artifact.is_dir():  # Snakemake makes the folder of a declared output, empty
         (artifact / MANIFEST).unlink(missing_ok=True)
     os.rename(out, artifact)
-    sync_directory(artifact.parent)
+    sync(artifact.parent)
     mark(artifact)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline_lib.artifacts.files import read_json, sha256_file, sync_directory, write_json
+from pipeline_lib.artifacts.files import read_json, sha256_file, sync, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.config.errors import UserError
@@ -151,7 +151,7 @@ def _convert(source: Source, unit: Unit, bounds: Bounds, seed: int, left: int | 
             record.files[split] = [path.stat().st_size, sha256_file(path)]
     write_json(temporary / "record.json", vars(record))
     os.replace(temporary, folder)
-    sync_directory(folder.parent)
+    sync(folder.parent)
     return record
 
 

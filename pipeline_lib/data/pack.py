@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from pipeline_lib.artifacts.files import read_json, sha256_file, sync_directory, write_json
+from pipeline_lib.artifacts.files import read_json, sha256_file, sync, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.config.errors import UserError
@@ -159,7 +159,7 @@ def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _publish(job: Job, info: dict[str, Any], dtype: np.dtype[Any], shards: dict[str, list[Shard]]) -> None:

@@ -150,9 +150,12 @@ def resource(plan: Plan, stage: str, node_id: str, key: str, default: int | str)
 
 
 def memory(plan: Plan, stage: str, node_id: str, key: str, default: int) -> int:
-    """MB for the next attempt: once more for each attempt that was killed without a word."""
-    work = store.work_directory(store.STORE / stage / node_id)
-    return int(resource(plan, stage, node_id, key, default)) * (1 + attempts.killed(work))
+    """MB for the next attempt: once more for each attempt that was killed without a word, and is not still at work."""
+    artifact = store.STORE / stage / node_id
+    killed = attempts.killed(store.work_directory(artifact))
+    if killed and is_held(store.lock_file(artifact)):  # by a job that outlived its orchestrator: it was not killed
+        killed -= 1
+    return int(resource(plan, stage, node_id, key, default)) * (1 + killed)
 
 
 def gpus(plan: Plan, stage: str, node_id: str) -> int:

@@ -6,12 +6,11 @@ file, so a checkpoint torn by a kill (no seal) or damaged later (wrong sum) is t
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
-from pipeline_lib.artifacts.files import read_json, sha256_file, sync_directory, write_json
+from pipeline_lib.artifacts.files import read_json, sha256_file, sync, write_json
 from pipeline_lib.artifacts.progress import say
 
 SEAL = "seal.json"
@@ -42,12 +41,12 @@ def seal(directory: Path) -> None:
     """
     files = {}
     for path in _files(directory):
-        _sync(path)
+        sync(path)
         files[path.relative_to(directory).as_posix()] = [path.stat().st_size, sha256_file(path)]
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync_directory(folder)
+        sync(folder)
     write_json(directory / SEAL, {"files": files})
-    sync_directory(directory.parent)
+    sync(directory.parent)
 
 
 def fault_of(directory: Path) -> str:
@@ -121,11 +120,3 @@ def _free_name(path: Path) -> Path:
         number += 1
         name = path.with_name(f"{path.name}-{number}")
     return name
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline_lib.artifacts.locks import exclusive
-from pipeline_lib.stages import attempts
+from pipeline_lib.config.plan import Plan
+from pipeline_lib.stages import attempts, wiring
+from tests.conftest import ROOT
 
 NAME = "train--pretrain-plain-0123456789ab"
 
@@ -74,3 +76,14 @@ def test_what_is_still_at_work_has_not_failed(work: Path) -> None:
     with exclusive(work.with_name(f"{NAME}.lock"), "x"):
         assert attempts.failures(0) == []
     assert len(attempts.failures(0)) == 1
+
+
+def test_a_job_that_lives_on_raises_no_memory(work: Path) -> None:
+    """What waits for the job of a killed orchestrator asks for the memory of a first try."""
+    plan = Plan.load(str(ROOT / "config.yaml"))
+    name = NAME.removeprefix("train--")
+    assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 1000
+    attempts.begin(work)
+    with exclusive(work.with_name(f"{NAME}.lock"), "x"):
+        assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 1000
+    assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 2000
