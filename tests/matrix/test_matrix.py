@@ -26,6 +26,8 @@ from tests.matrix import cells as listed
 from tests.matrix.bench import Bench
 from tests.matrix.cells import STEPS, TASK, Cell, cells, config, experiment
 
+pytestmark = pytest.mark.slow
+
 Count = Callable[[str, Any], None]
 SENSIBLE = [cell for cell in cells() if not cell.reason]
 REFUSED = [cell for cell in cells() if cell.reason]
@@ -133,8 +135,6 @@ from typing import Literal
 from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.transforms.base import ROLES, Store, Transform
 from pipeline_lib.transforms.patterns import SitePatterns
-
-pytestmark = pytest.mark.slow
 
 
 class Settings(Base):
