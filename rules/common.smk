@@ -1,4 +1,10 @@
-# Input and resource functions of all rules: each asks the plan.
+# The commands of all rules, and their input and resource functions: each asks the plan.
+
+# A signal to a whole job (scancel, preemption, Ctrl-C) must find the stage itself where the shell was, or the job ends
+# with the shell while the stage still saves; and must leave its log alone, which ends with the stage anyway.
+LOGGED = "2> >(trap '' TERM INT HUP; exec tee -a {log} >&2)"
+STAGE = "exec python -m pipeline_lib stage {output} --threads {threads} " + LOGGED
+VIEW = "exec python -m pipeline_lib view {params.source} {output} " + LOGGED
 
 
 def needs(stage):
@@ -42,6 +48,11 @@ def several_nodes(stage, value):
     The executor's word for 'the command starts its own tasks' is mpi: ours starts one torchrun on each node.
     """
     return wiring.described(lambda wildcards: value if wiring.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else "")
+
+
+def slurm_only(**resources):
+    """Resources that nothing but Slurm reads: none where there is no Slurm, since Snakemake works each out for every job."""
+    return resources if wiring.slurm.is_here() else {}
 
 
 NETWORK_IS_HERE = PLAN.config.cluster.network_stages == "here"

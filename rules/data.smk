@@ -11,9 +11,9 @@ rule assets:
     conda:
         "../envs/data.yaml"
     resources:
-        slurm_extra=slurm_options("assets"),
+        **slurm_only(slurm_extra=slurm_options("assets")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule dataset:
@@ -27,9 +27,9 @@ rule dataset:
     conda:
         "../envs/data.yaml"
     resources:
-        slurm_extra=slurm_options("dataset"),
+        **slurm_only(slurm_extra=slurm_options("dataset")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule tokenizer:
@@ -43,9 +43,9 @@ rule tokenizer:
         "../envs/data.yaml"
     threads: 2
     resources:
-        slurm_extra=slurm_options("tokenizer"),
+        **slurm_only(slurm_extra=slurm_options("tokenizer")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule tokens:
@@ -59,7 +59,7 @@ rule tokens:
         "../envs/data.yaml"
     threads: 2
     resources:
-        slurm_extra=slurm_options("tokens"),
+        **slurm_only(slurm_extra=slurm_options("tokens")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 

@@ -13,10 +13,12 @@ rule evaluate:
     resources:
         gpu=one_gpu("evaluate"),
         mem_mb=memory("evaluate", "eval_mem_mb", 8000),
-        runtime=run_setting("evaluate", "eval_runtime_min", 60),
-        slurm_extra=slurm_options("evaluate"),
+        **slurm_only(
+            runtime=run_setting("evaluate", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("evaluate"),
+        ),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule result:
@@ -30,7 +32,7 @@ rule result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule sweep:
@@ -46,10 +48,12 @@ rule sweep:
     resources:
         gpu=one_gpu("sweep"),
         mem_mb=memory("sweep", "eval_mem_mb", 8000),
-        runtime=run_setting("sweep", "eval_runtime_min", 60),
-        slurm_extra=slurm_options("sweep"),
+        **slurm_only(
+            runtime=run_setting("sweep", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("sweep"),
+        ),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule table:
@@ -63,7 +67,7 @@ rule table:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule report:
@@ -77,7 +81,7 @@ rule report:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule publish:
@@ -91,7 +95,7 @@ rule publish:
     conda:
         "../envs/report.yaml"
     resources:
-        slurm_extra=slurm_options("publish"),
+        **slurm_only(slurm_extra=slurm_options("publish")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 

@@ -24,7 +24,7 @@ rule experiment_result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+        VIEW
 
 
 rule sweep_result:
@@ -39,7 +39,7 @@ rule sweep_result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+        VIEW
 
 
 rule table_result:
@@ -56,7 +56,7 @@ rule table_result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+        VIEW
 
 
 rule publish_result:
@@ -71,7 +71,7 @@ rule publish_result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+        VIEW
 
 
 rule report_result:
@@ -86,4 +86,4 @@ rule report_result:
     conda:
         "../envs/report.yaml"
     shell:
-        "python -m pipeline_lib view {params.source} {output} 2> >(tee -a {log} >&2)"
+        VIEW

@@ -11,9 +11,9 @@ rule teacher:
         "../envs/train.yaml"
     resources:
         gpu=1,
-        slurm_extra=slurm_options("teacher"),
+        **slurm_only(slurm_extra=slurm_options("teacher")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule clip:
@@ -27,9 +27,9 @@ rule clip:
         "../envs/train.yaml"
     resources:
         gpu=1,
-        slurm_extra=slurm_options("clip"),
+        **slurm_only(slurm_extra=slurm_options("clip")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule timing:
@@ -43,9 +43,9 @@ rule timing:
         "../envs/train.yaml"
     resources:
         gpu=1,
-        slurm_extra=slurm_options("timing"),
+        **slurm_only(slurm_extra=slurm_options("timing")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule score:
@@ -59,9 +59,9 @@ rule score:
         "../envs/train.yaml"
     resources:
         gpu=1,
-        slurm_extra=slurm_options("score"),
+        **slurm_only(slurm_extra=slurm_options("score")),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule train:
@@ -76,15 +76,17 @@ rule train:
     threads: run_setting("train", "threads", 1)
     resources:
         gpu=gpus("train"),
-        nodes=run_setting("train", "nodes", 1),
         mem_mb=memory("train", "mem_mb", 4000),
-        runtime=run_setting("train", "runtime_min", 60),
-        mpi=several_nodes("train", "srun"),
-        tasks=run_setting("train", "nodes", 1),
-        tasks_per_gpu=0,
-        slurm_extra=slurm_options("train"),
+        **slurm_only(
+            runtime=run_setting("train", "runtime_min", 60),
+            nodes=run_setting("train", "nodes", 1),
+            mpi=several_nodes("train", "srun"),
+            tasks=run_setting("train", "nodes", 1),
+            tasks_per_gpu=0,
+            slurm_extra=slurm_options("train"),
+        ),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 
 
 rule convert:
@@ -98,8 +100,10 @@ rule convert:
         "../envs/train.yaml"
     resources:
         mem_mb=memory("convert", "eval_mem_mb", 8000),
-        runtime=run_setting("convert", "eval_runtime_min", 60),
-        slurm_extra=slurm_options("convert"),
+        **slurm_only(
+            runtime=run_setting("convert", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("convert"),
+        ),
     shell:
-        "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"
+        STAGE
 

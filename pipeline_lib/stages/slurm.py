@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ ENDED = {
 }
 COMMENT = re.compile(r"rule_(?P<stage>[a-z]+)_wildcards_(?P<id>[a-z0-9._+-]+)")
 """How the executor plugin marks its jobs; `name_job` keeps that beginning."""
+
+
+def is_here() -> bool:
+    """Whether this machine can submit to a Slurm, or belongs to one."""
+    return shutil.which("sbatch") is not None
 
 
 def job_id() -> str | None:

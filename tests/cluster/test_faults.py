@@ -76,7 +76,7 @@ def test_fault(name: str, slurm: MiniSlurm, undisturbed: Clone, weights: str, tm
 def test_a_short_time_limit_costs_no_retry(slurm: MiniSlurm, tmp_path: Path, undisturbed: Clone) -> None:
     """The job saves by its own clock before the limit, requeues itself, and goes on under its own number."""
     config = copy.deepcopy(CONFIG)
-    config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 2500
+    config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 8000
     config["models"]["tiny"]["run"].update(runtime_min=1)
     run = Run(slurm, tmp_path / "clone", "cpu8", config, undisturbed)
     run.start()

@@ -54,7 +54,7 @@ def code_comment(clone: Clone) -> None:
 
 
 def shell_command(clone: Clone) -> None:
-    path = clone.root / "rules" / "train.smk"
+    path = clone.root / "rules" / "common.smk"
     path.write_text(path.read_text().replace("pipeline_lib stage {output}", "pipeline_lib  stage {output}"))
 
 

@@ -59,7 +59,7 @@ SET = {
     "sacct": ("slurm/profile.yaml", "slurm-status-command: squeue", "slurm-status-command: sacct"),
     "one lost poll": ("slurm/profile.yaml", "slurm-status-attempts: 60", "slurm-status-attempts: 5"),
     "preemption without requeue": ("slurm/profile.yaml", "slurm-requeue: true", "slurm-no-requeue: true"),
-    "duplicates after a kill": ("rules/evaluate.smk", '        slurm_extra=slurm_options("evaluate"),\n', ""),
+    "duplicates after a kill": ("rules/evaluate.smk", '            slurm_extra=slurm_options("evaluate"),\n', ""),
     "no retries in the profile": ("slurm/profile.yaml", "retries: 3 ", "# "),
 }  # fmt: skip
 
