@@ -151,11 +151,14 @@ def resource(plan: Plan, stage: str, node_id: str, key: str, default: int | str)
 
 def memory(plan: Plan, stage: str, node_id: str, key: str, default: int) -> int:
     """MB for the next attempt: once more for each attempt that was killed without a word, and is not still at work."""
+    asked = int(resource(plan, stage, node_id, key, default))
+    if not os.path.exists(f"{store.WORK}/{stage}--{node_id}"):  # asked for every job of every plan
+        return asked
     artifact = store.STORE / stage / node_id
     killed = attempts.killed(store.work_directory(artifact))
     if killed and is_held(store.lock_file(artifact)):  # by a job that outlived its orchestrator: it was not killed
         killed -= 1
-    return int(resource(plan, stage, node_id, key, default)) * (1 + killed)
+    return asked * (1 + killed)
 
 
 def gpus(plan: Plan, stage: str, node_id: str) -> int:

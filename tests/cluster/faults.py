@@ -20,12 +20,14 @@ def scancel(run: Run) -> None:
 
 
 def node_lost(run: Run) -> None:
-    """Power cut on the node; it is back when Slurm has noticed."""
+    """Power cut on the node; it is back when Slurm has done with its failure (sooner, the failure would hit what it starts)."""
     job = run.job()
     node = run.slurm.field(job, "NodeList")
     run.slurm.lose_node(node)
     assert wait(lambda: run.slurm.field(job, "JobState") == "PENDING", 60), "Slurm did not requeue the job"
+    assert wait(lambda: run.slurm.is_down(node), 60), "Slurm did not notice that the node is lost"
     run.slurm.start_node(node)
+    assert wait(lambda: node in run.slurm.idle(), 60), "the node did not come back"
 
 
 def slurmd_killed(run: Run) -> None:

@@ -55,7 +55,7 @@ JobAcctGatherFrequency=task=2
 JobAcctGatherParams=OverMemoryKill
 DefMemPerCPU=200
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=30
 SlurmctldTimeout=10
 InactiveLimit=0
 KillWait=10
@@ -197,6 +197,10 @@ class MiniSlurm:
     def run(self, *command: str) -> str:
         """The output of a Slurm command; empty when it fails."""
         return subprocess.run(command, capture_output=True, text=True).stdout
+
+    def is_down(self, node: str) -> bool:
+        """Whether Slurm takes a node for lost."""
+        return self.run("sinfo", "-hN", "-n", node, "-o", "%T").startswith("down")
 
     def idle(self) -> set[str]:
         """Nodes that can take jobs."""
