@@ -5,7 +5,8 @@
 For each number of distinct trainings (a sweep over seeds; three jobs each) it times, in turn: `snakemake -n` on our
 Snakefile, `snakemake -n` on a Snakefile of the same rules, commands, jobs and dependencies with constants for resources
 and nothing else, and our resolver alone; then, with every artifact in place, `snakemake` itself on both. Our first plan
-stands apart. Prints a table and writes benchmarks/planning.json. The goals: the resolver takes under 1 s, and ours at most 1 s more than bare Snakemake.
+stands apart. Prints a table and writes benchmarks/planning.json. The goals: the resolver takes under 1 s, and ours at
+most 1 s more than bare Snakemake.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 # A signal to a whole job (scancel, preemption, Ctrl-C) must find the stage itself where the shell was, or the job ends
 # with the shell while the stage still saves; and must leave its log alone, which ends with the stage anyway.
-LOGGED = "2> >(trap '' TERM INT HUP; exec tee -a {log} >&2)"
+# Snakemake deletes the log of an attempt before the next one; `.all` keeps them all.
+LOGGED = "2> >(trap '' TERM INT HUP; exec tee -a {log} {log}.all >&2)"
 STAGE = "exec python -m pipeline_lib stage {output} --threads {threads} " + LOGGED
 VIEW = "exec python -m pipeline_lib view {params.source} {output} " + LOGGED
 

@@ -139,6 +139,7 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
     try:
         importlib.import_module(f"pipeline_lib.stages.{stage}").run(job)
     except Stopped as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
         attempts.end(work, attempt, attempts.STOPPED)
         say(f"{artifact}: {stop}; its state is in {work}: give the same command again and it goes on")
         slurm.requeue()

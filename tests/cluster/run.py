@@ -56,6 +56,7 @@ class Run:
         if data_from is not None:
             self.clone.copy_results_from(data_from)
             shutil.rmtree(root / "results" / "store" / "train")
+            shutil.rmtree(root / "results" / "logs")
         (root / "slurm" / "partitions.yaml").write_text(yaml.safe_dump({"partitions": {node: {"max_gpu": 0}}}))
         self.switch = root / "squeue-fails"
         (root / "bin").mkdir()
@@ -141,8 +142,12 @@ class Run:
 
     def resumed_from(self) -> list[int]:
         """The steps that trainings went on from, in order."""
-        logs = (self.clone.root / "results" / "logs" / "train").glob("*.log")
-        return [int(step) for log in logs for step in re.findall(r"goes on from step (\d+)", log.read_text())]
+        return [int(step) for step in re.findall(r"goes on from step (\d+)", self.log())]
+
+    def log(self) -> str:
+        """What the training's stage has printed in all its attempts."""
+        logs = list((self.clone.root / "results" / "logs" / "train").glob("*.log.all"))
+        return logs[0].read_text() if logs else ""
 
 
 def _step(line: str) -> int:

@@ -83,10 +83,9 @@ def test_a_short_time_limit_costs_no_retry(slurm: MiniSlurm, tmp_path: Path, und
     said = run.finish(600)
     [job] = run.jobs_submitted()
     assert int(slurm.field(job, "Restarts")) == len(run.resumed_from()) >= 1
-    [log] = (run.clone.root / "results" / "logs" / "train").glob("*.log")
-    stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", log.read_text())]
+    stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", run.log())]
     assert stopped == run.resumed_from(), "no step is lost"
-    assert "requeued; it goes on from its last checkpoint" in log.read_text()
+    assert "requeued; it goes on from its last checkpoint" in run.log()
     assert "Error in rule" not in said
 
 
