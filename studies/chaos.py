@@ -32,6 +32,8 @@ EVERY = 25
 """Steps between checkpoints: as many may be lost, and no more."""
 AWAY = 10
 """Steps beyond the fault after which the training counts as going on."""
+MEANWHILE = 120
+"""Steps that the training may do during a fault that does not stop it."""
 
 
 def config(steps: int) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def config(steps: int) -> dict[str, Any]:
     full = read_yaml(ROOT / "config.yaml")
     model = full["models"]["nano"]
     model["recipe"]["pretrain"].update(steps=steps, global_batch=4)
-    model["run"].update(checkpoint_every=EVERY, log_every=1, threads=2, runtime_min=2, eval_mem_mb=3000)
+    model["run"].update(checkpoint_every=EVERY, log_every=1, threads=2, runtime_min=2, mem_mb=2000, eval_mem_mb=3000)
     kept = {name: full[name] for name in ("tokenizers", "datasets", "models", "transforms", "tasks")}
     kept["models"], kept["datasets"] = {"nano": model}, {"pydocs": full["datasets"]["pydocs"]}
     kept["tokenizers"], kept["tasks"] = {"pydocs": full["tokenizers"]["pydocs"]}, {"pydocs": full["tasks"]["pydocs"]}
@@ -61,7 +63,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     kinds = [list(FAULTS)[number % len(FAULTS)] for number in range(given.faults)]
     rng.shuffle(kinds)
     gaps = [rng.randint(EVERY, 2 * EVERY) for _ in kinds]
-    settings = config(steps=sum(gaps) + (AWAY + 40) * len(kinds))
+    settings = config(steps=sum(gaps) + (AWAY + MEANWHILE) * len(kinds))
     with tempfile.TemporaryDirectory() as name:
         undisturbed = Clone.make(Path(name) / "undisturbed", settings)
         start = time.monotonic()

@@ -41,7 +41,8 @@ def slurmd_killed(run: Run) -> None:
 def preempted(run: Run) -> None:
     """A job of a higher partition takes the node for a moment."""
     node = run.slurm.field(run.job(), "NodeList")
-    run.slurm.run("sbatch", "-p", "urgent", "-w", node, "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap=sleep 2")
+    urgent = ("sbatch", "--wait", "-p", "urgent", "-w", node, "--exclusive", "-t", "1", "-o", "/dev/null")
+    run.slurm.run(*urgent, "--wrap=sleep 2")
 
 
 def squeue_fails(run: Run) -> None:
