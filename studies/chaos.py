@@ -104,7 +104,7 @@ def _disturb(run: Run, kind: str, gap: int) -> dict[str, Any]:
     at, resumed, job = run.step(), len(run.resumed_from()), run.job()
     start = time.monotonic()
     FAULTS[kind](run)
-    highest = _until(run, at + AWAY, resumed)
+    highest = _until(run, run.step() + AWAY, resumed)  # beyond the last step before the fault took hold
     cost = time.monotonic() - start
     new = run.resumed_from()[resumed:]
     outcome = "the training went on undisturbed"

@@ -55,7 +55,7 @@ JobAcctGatherFrequency=task=2
 JobAcctGatherParams=OverMemoryKill
 DefMemPerCPU=200
 ReturnToService=2
-SlurmdTimeout=30
+SlurmdTimeout=20
 SlurmctldTimeout=10
 InactiveLimit=0
 KillWait=10
