@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline_lib.artifacts.files import write_json
@@ -12,6 +13,16 @@ from pipeline_lib.artifacts.job import Job
 from pipeline_lib.models.checkpoint import save_state, save_transform
 from pipeline_lib.models.naming import split_transform
 from pipeline_lib.training.memory import peak_memory
+
+CHECK = "check.safetensors"
+"""In an artifact: fixed tokens, and what the trained model says of them, for the conversion to compare with."""
+CHECK_SEQUENCES, CHECK_TOKENS = 2, 64
+
+
+def check_tokens(vocab: int, seq_len: int) -> Tensor:
+    """Fixed random tokens, [CHECK_SEQUENCES, at most CHECK_TOKENS] int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (CHECK_SEQUENCES, min(CHECK_TOKENS, seq_len)), generator=generator)
 
 
 class Tail:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline_lib.training.settings import Positive, Share, TrainingSettings
+from pipeline_lib.training.settings import Positive, Share, TrainingSettings, budget_or
 
 ENGINE = "titan"
 FAMILIES = ("llama",)
@@ -36,9 +36,7 @@ class Settings(TrainingSettings):
     @model_validator(mode="before")
     @classmethod
     def _budget(cls, given: Any) -> Any:
-        if isinstance(given, dict) and all(given.get(k) is None for k in ("steps", "tokens", "tokens_per_parameter")):
-            return {**given, "tokens_per_parameter": TOKENS_PER_PARAMETER}
-        return given
+        return budget_or(given, TOKENS_PER_PARAMETER) if isinstance(given, dict) else given
 
 
 def refuses(model_family: str, transform_types: Sequence[str]) -> str | None:
