@@ -41,8 +41,8 @@ NAME, TASK, METRIC, FAULT_SEEDS = "defences", "pydocs", "byte_perplexity", 3
 CONFIDENCE = 0.95
 ARMS = {"clean": "evaluated clean", "transformed": "evaluated with flips"}
 
-# Bit errors of weights in memory, as in Stutz et al. (2021), at the upper end of their rates: 1 % of all bits, behind the
-# zero-out threshold of config.yaml.
+# Bit errors of weights in memory, as in Stutz et al. (2021), at the upper end of their rates: 1 % of all bits, behind
+# the zero-out threshold of config.yaml.
 FLIPS: dict[str, Any] = {"bitflip": {"weight": {"p": 0.01, "zero_out": 1.25}, "input": {"p": 0.0, "zero_out": None}}}
 PRETRAIN: dict[str, Any] = {"pretrain": {"steps": 150}}
 CLIPPED: dict[str, Any] = merge(PRETRAIN, {"pretrain": {"clip_weights": 0.1}})
@@ -176,11 +176,11 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
 PAGE = """# Defences against bit flips
 
 Five ways to obtain the weights, each evaluated clean and with flips of weight bits of one probability and the same
-zero-out threshold. Clipping keeps every weight of the linear layers in a fixed range after each optimizer step; training
-with flips has the flips of the evaluation in every forward pass, with the straight-through gradient; LoRA goes on from
-what was trained clean, with flips on the merged weights. There are {seeds} trainings of each kind; LoRA's come on top of
-the clean ones, so its row has seen more tokens. Every evaluation with flips is repeated over {fault_seeds} fault seeds,
-whose mean is one value.
+zero-out threshold. Clipping keeps every weight of the linear layers in a fixed range after each optimizer step;
+training with flips has the flips of the evaluation in every forward pass, with the straight-through gradient; LoRA
+goes on from what was trained clean, with flips on the merged weights. There are {seeds} trainings of each kind;
+LoRA's come on top of the clean ones, so its row has seen more tokens. Every evaluation with flips is repeated over
+{fault_seeds} fault seeds, whose mean is one value.
 
 Mean over training seeds, and its {percent} confidence interval (Student's t); lower is better:
 

@@ -70,7 +70,7 @@ def _configuration(job: Job) -> tuple[PretrainedConfig, str]:
         return llama.config(model), "LlamaForCausalLM"
     if model["family"] == "bert":
         return bert.config(model), "BertForMaskedLM"
-    # The engine that trained a hub model leaves its configuration beside the weights.
+    # The engine that trained a hub or local checkpoint leaves its configuration beside the weights.
     config = AutoConfig.from_pretrained(job.inputs["train"], local_files_only=True, trust_remote_code=False)
     (architecture,) = config.architectures or []
     return config, architecture

@@ -199,7 +199,7 @@ class ErrataTrainer(Trainer):
         }
         self.applied.remove()
         state = self.hooks.export(model, state, self.job.out)
-        publish(self.job, state, result, {"seconds": seconds})
+        publish(self.job, state, result, {"seconds": seconds}, model)
 
 
 class _MicroBatches:

@@ -113,7 +113,8 @@ class Loop:
                 "transform_report": self.transform_report,
             }
             state = self.hooks.export(self.model, state, self.job.out)
-            publish(self.job, state, result, {"seconds": seconds, "steps_in_this_process": self.step - first_step})
+            timing = {"seconds": seconds, "steps_in_this_process": self.step - first_step}
+            publish(self.job, state, result, timing, self.model)
             log.close()
         distributed.barrier()
 

@@ -11,6 +11,8 @@ from pipeline_lib.training.settings import Positive, Share, TrainingSettings, bu
 
 ENGINE = "titan"
 FAMILIES = ("llama",)
+BUILDS_MODEL = True
+"""torchtitan builds the model itself, of given dimensions."""
 TOKENS_PER_PARAMETER = 22.0
 
 
@@ -41,8 +43,6 @@ class Settings(TrainingSettings):
 
 def refuses(model_family: str, transform_types: Sequence[str]) -> str | None:
     """Why this recipe makes no sense for a model and its transforms, or None."""
-    if model_family == "hub":
-        return "pretraining starts from random weights, a hub checkpoint has been trained: use finetune or none"
     if model_family not in FAMILIES:
         return f"torchtitan pretrains decoders of the family {FAMILIES[0]}, not {model_family}: use cram"
     return None
