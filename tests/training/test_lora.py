@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
@@ -147,8 +148,8 @@ def test_the_merged_weight_is_formed_in_full_precision_under_autocast() -> None:
 def test_it_compiles_without_a_break() -> None:
     """One graph, for step after step."""
     model = adapted(nn.Sequential(nn.Linear(16, 12)), targets=("0",))
-    applied = apply(model, [{"type": "bitflip", "weight": {"p": 0.05}, "sites": {"*": {}}}], seed=0)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    applied = apply(model, [{"type": "bitflip", "weight": {"p": 0.05, "zero_out": 4.0}, "sites": {"*": {}}}], seed=0)
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     x = torch.randn(3, 16)
     for step in range(3):
