@@ -29,10 +29,11 @@ from tests.transforms.transform_toys.models import llama, logits
 BATCH = torch.arange(24).view(2, 12)
 R, ALPHA = 3, 6.0
 LORA = {"r": R, "alpha": ALPHA}
+Settings: Any = finetune.Settings  # pydantic fills what pyright misses
 
 
 def hooks(seed: int = 0, **lora: Any) -> LoraHooks:
-    settings = finetune.Settings(steps=1, method="lora", lora=finetune.Lora(**{**LORA, **lora}))
+    settings = Settings(steps=1, method="lora", lora={**LORA, **lora})
     made = finetune.hooks(
         settings, Job("train", "x", "f", {"seed": seed, "model": {}}, {"init": Path()}, Path(), Path())
     )
@@ -202,7 +203,7 @@ def test_adapters_of_an_8b_llama_are_one_percent() -> None:
 def test_full_fine_tuning_decays_matrices_and_no_norm() -> None:
     """By dimension: lists of names such as `layer_norm.weight` know no llama's norms."""
     model = llama()
-    made = Hooks(finetune.Settings(steps=1, weight_decay=0.1), 0).optimizer(model.parameters())
+    made = Hooks(Settings(steps=1, weight_decay=0.1), 0).optimizer(model.parameters())
     decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1), name
@@ -245,14 +246,14 @@ def test_other_decoders_have_biases_and_tied_embeddings() -> None:
 
 
 def test_settings() -> None:
-    lora = finetune.Settings(method="lora")
-    assert lora.lora == finetune.Lora(r=32, alpha=32.0, targets=("*.layer*.*",))
-    assert (lora.tokens_per_parameter, finetune.Settings().tokens_per_parameter) == (0.01, 0.22)
-    assert finetune.Settings(method="lora", tokens=5).tokens_per_parameter is None
-    full = finetune.Settings(steps=1).semantic()
+    lora = Settings(method="lora")
+    assert lora.lora.model_dump() == {"r": 32, "alpha": 32.0, "targets": ("*.layer*.*",)}
+    assert (lora.tokens_per_parameter, Settings().tokens_per_parameter) == (0.01, 0.22)
+    assert Settings(method="lora", tokens=5).tokens_per_parameter is None
+    full = Settings(steps=1).semantic()
     assert "lora" not in full, "trainings from before the setting keep their fingerprint"
     resolved = lora.resolved(10**6)
-    assert finetune.Settings(**resolved.semantic()) == resolved
+    assert Settings(**resolved.semantic()) == resolved
     for wrong, message in (
         ({"lora": {"r": 4}}, "needs method lora"),
         ({"method": "lora", "clip_weights": 0.1}, "leaves frozen"),
@@ -261,13 +262,13 @@ def test_settings() -> None:
         ({"method": "ia3"}, "'full' or 'lora'"),
     ):
         with pytest.raises(ValidationError, match=message):
-            finetune.Settings(steps=1, **wrong)
+            Settings(steps=1, **wrong)
 
 
 def test_the_budget_counts_accumulation() -> None:
     """80 M tokens with 8 devices × 1 sequence × 2 micro-batches × 2,048 tokens are 2,442 steps: every sequence of the
     global batch counts, so that accumulation does not double what is trained on."""
-    settings = finetune.Settings(method="lora", global_batch=8 * 1 * 2, seq_len=2048)
+    settings = Settings(method="lora", global_batch=8 * 1 * 2, seq_len=2048)
     resolved = settings.resolved(8_000_000_000)
     assert resolved.steps == 2442
     assert abs(resolved.steps * resolved.tokens_per_step - 80_000_000) < resolved.tokens_per_step
