@@ -37,7 +37,7 @@ from studies.report import (
     where,
 )
 
-NAME, TASK, METRIC, FAULT_SEEDS, DOCUMENTS = "defences", "pydocs", "byte_perplexity", 3, 4
+NAME, TASK, METRIC, FAULT_SEEDS = "defences", "pydocs", "byte_perplexity", 3
 CONFIDENCE = 0.95
 ARMS = {"clean": "evaluated clean", "transformed": "evaluated with flips"}
 
@@ -47,7 +47,7 @@ FLIPS: dict[str, Any] = {"bitflip": {"weight": {"p": 0.01, "zero_out": 1.25}, "i
 PRETRAIN: dict[str, Any] = {"pretrain": {"steps": 150}}
 CLIPPED: dict[str, Any] = merge(PRETRAIN, {"pretrain": {"clip_weights": 0.1}})
 LORA: dict[str, Any] = {
-    "finetune": {"method": "lora", "steps": 40, "global_batch": 16, "seq_len": 128, "lr": 2.0e-3, "warmup_steps": 5}
+    "finetune": {"method": "lora", "steps": 75, "global_batch": 16, "seq_len": 128, "lr": 2.0e-3, "warmup_steps": 5}
 }
 
 EXPERIMENTS: dict[str, dict[str, Any]] = {
@@ -77,13 +77,7 @@ def seeded(config: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
         for seed in seeds:
             own = {"from": at_seed(entry["from"], seed)} if "from" in entry else {}
             experiments[at_seed(name, seed)] = {**entry, **own, "seed": seed}
-    own = {"experiments": experiments, "tables": {}, "sweeps": {}, "tasks": {TASK: task(config)}}
-    return {**config, **own, "fault_seeds": FAULT_SEEDS}
-
-
-def task(config: dict[str, Any]) -> dict[str, Any]:
-    """config.yaml's task on its first documents."""
-    return {**config["tasks"][TASK], "limit": DOCUMENTS}
+    return {**config, "experiments": experiments, "tables": {}, "sweeps": {}, "fault_seeds": FAULT_SEEDS}
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +99,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "study": NAME,
         "settings": {
             "training": trainings(plan, given.seeds[0]),
-            "evaluation": {"task": task(config), "transform": FLIPS, "fault_seeds": FAULT_SEEDS},
+            "evaluation": {"task": config["tasks"][TASK], "transform": FLIPS, "fault_seeds": FAULT_SEEDS},
             "metric": METRIC,
         },
         "seeds": given.seeds,

@@ -18,10 +18,10 @@ from studies.defences import (
     FLIPS,
     METRIC,
     ROWS,
+    TASK,
     interval,
     rerun,
     seeded,
-    task,
     trainings,
 )
 from studies.report import ROOT, load
@@ -58,7 +58,7 @@ def test_settings_are_those_of_today(study: dict[str, Any], tmp_path: Path) -> N
     plan = Plan.load(str(tmp_path / "config.yaml"))
     for seed in study["seeds"]:
         assert trainings(plan, seed) == settings["training"]
-    expected = {"task": task(config), "transform": FLIPS, "fault_seeds": FAULT_SEEDS}
+    expected = {"task": config["tasks"][TASK], "transform": FLIPS, "fault_seeds": FAULT_SEEDS}
     assert (settings["evaluation"], settings["metric"]) == (expected, METRIC)
 
 
