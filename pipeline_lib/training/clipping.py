@@ -60,11 +60,11 @@ class WeightClipping:
 
 
 def _weights(model: nn.Module, canonical: Callable[[str], str] | None) -> list[tuple[Site, nn.Parameter]]:
-    kinds: dict[type[nn.Module], Kind] = {nn.Linear: "linear", nn.Embedding: "embedding"}
     name_of = canonical or (lambda path: path)
-    return [
-        (Site(kind, name_of(path), tuple(module.weight.shape)), module.weight)
-        for path, module in model.named_modules()
-        for owner, kind in kinds.items()
-        if isinstance(module, owner)
-    ]
+    found: list[tuple[Site, nn.Parameter]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            kind: Kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+            weight = module.get_parameter("weight")
+            found.append((Site(kind, name_of(path), tuple(weight.shape)), weight))
+    return found

@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_the_merged_weight_through_the_gate() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12, bias=False))
     with torch.no_grad():
-        model[0].weight.normal_(std=0.5)
+        model.get_parameter("0.weight").normal_(std=0.5)
     hooks(targets=("0",)).adapt(model)
     layer: Any = model[0]
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_other_decoders_have_biases_and_tied_embeddings() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 61}
     config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-    model = Qwen2ForCausalLM(config).eval()
+    model: Any = Qwen2ForCausalLM(config).eval()
     before = logits(model, BATCH)
     made = hooks()
     made.adapt(model)
