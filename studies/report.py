@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from pipeline_lib.artifacts.files import read_json, write_bytes, write_json
 from pipeline_lib.artifacts.provenance import commit, hardware, versions
+from pipeline_lib.evaluation.statistics import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "studies"
@@ -36,6 +38,44 @@ def where(study: dict[str, Any]) -> str:
     hardware, versions = study["hardware"], study["versions"]
     used = f"Python {versions['python']}, torch {versions['torch']}, commit {study['commit'][:12]}"
     return f"Measured on {hardware['processor']}, {hardware['cores']} cores, with {used}."
+
+
+def made_with() -> dict[str, Any]:
+    """What the bytes of a result may depend on. `capability` are the instructions that torch uses here, AVX2 for
+    example: others round sums in another way."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"versions": versions(), "processor": hardware()["processor"], "capability": capability}
+
+
+def at_seed(name: str, seed: int) -> str:
+    """The name of an experiment at a training seed."""
+    return f"{name}.s{seed}"
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard error and n over training seeds."""
+    summary = summarise([float(run["mean"]) for run in runs])
+    return {key: summary[key] for key in ("mean", "stderr", "n")}
+
+
+def on_words(config: dict[str, Any], task: str, folder: Path) -> dict[str, Any]:
+    """A small edition of `config` for `folder`: the same models, transforms, recipes and task, on text that is alike
+    under every Python, for a few steps of pretraining."""
+    from tests.workflow.clone import write_words
+
+    config = copy.deepcopy(config)
+    config["datasets"][task] = {
+        "source": {"type": "local", "path": "data/*.jsonl"},
+        "split": {"valid": 0.1, "test": 0.1},
+    }
+    config["tokenizers"][task] = {"train": {"dataset": task, "vocab_size": 300}}
+    config["models"]["nano"]["recipe"]["pretrain"].update(steps=15, global_batch=8, seq_len=64)
+    config["tasks"][task].update(max_length=64)
+    config["fault_seeds"] = 2
+    write_words(folder / "data")
+    return config
 
 
 def write_pages(files: dict[str, str]) -> None:

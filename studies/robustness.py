@@ -19,25 +19,30 @@ from typing import Any
 import yaml
 
 from pipeline_lib.artifacts.files import read_json, sha256_file
-from pipeline_lib.artifacts.provenance import hardware, versions
 from pipeline_lib.config.load import read_yaml
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.evaluation.statistics import summarise
 from pipeline_lib.reporting.numbers import Measured, arm_of, number, plus_minus
 from pipeline_lib.reporting.plots import metric_bars
 from pipeline_lib.reporting.tables import Grid
-from studies.report import ROOT, machine, main, pipeline_lib, snakemake, where
+from studies.report import (
+    ROOT,
+    at_seed,
+    machine,
+    made_with,
+    main,
+    on_words,
+    over_seeds,
+    pipeline_lib,
+    snakemake,
+    where,
+)
 
 NAME, TABLE = "robustness", "robustness"
 RERUN_SEED = 0
 RERUN_TOLERANCE = 0.05
 """Largest relative difference of a metric where processor or versions differ: sums in another order send the training
 of a small model another way."""
-
-
-def at_seed(name: str, seed: int) -> str:
-    """The name of an experiment of config.yaml at a training seed."""
-    return f"{name}.s{seed}"
 
 
 def seeded(config: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         },
         "seeds": given.seeds,
         "cells": [
-            [{"experiment": name, "seeds": values[name], **_over_seeds(values[name])} for name in row]
+            [{"experiment": name, "seeds": values[name], **over_seeds(values[name])} for name in row]
             for row in table["cells"]
         ],
         "digest": pipeline_lib(folder, "digest", *targets),
@@ -91,12 +96,6 @@ def _arm(folder: Path, experiment: str, task: str) -> dict[str, Any]:
     return arm_of(read_json(folder / "results" / experiment / f"{task}.json")["result"])
 
 
-def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, standard error and n over training seeds."""
-    summary = summarise([float(run["mean"]) for run in runs])
-    return {key: summary[key] for key in ("mean", "stderr", "n")}
-
-
 # -- the cell that CI runs again ---------------------------------------------------------------------------------------
 
 
@@ -106,20 +105,10 @@ def rerun(folder: Path | None = None) -> dict[str, Any]:
     if folder is None:
         with tempfile.TemporaryDirectory() as name:
             return rerun(Path(name))
-    from tests.workflow.clone import write_words
-
     full = read_yaml(ROOT / "config.yaml")
-    table, config = full["tables"][TABLE], seeded(full, [RERUN_SEED])
+    table = full["tables"][TABLE]
     experiment, task = at_seed(table["cells"][-1][-1], RERUN_SEED), table["task"]
-    config["datasets"][task] = {
-        "source": {"type": "local", "path": "data/*.jsonl"},
-        "split": {"valid": 0.1, "test": 0.1},
-    }
-    config["tokenizers"][task] = {"train": {"dataset": task, "vocab_size": 300}}
-    config["models"]["nano"]["recipe"]["pretrain"].update(steps=15, global_batch=8, seq_len=64)
-    config["tasks"][task].update(max_length=64)
-    config["fault_seeds"] = 2
-    write_words(folder / "data")
+    config = on_words(seeded(full, [RERUN_SEED]), task, folder)
     target = f"results/{experiment}/{task}.json"
     snakemake(folder, config, [target])
     [weights] = (folder / "results" / "store" / "train").glob("*/model.safetensors")
@@ -127,16 +116,9 @@ def rerun(folder: Path | None = None) -> dict[str, Any]:
         "experiment": experiment,
         "metrics": _arm(folder, experiment, task)["metrics"],
         "weights": sha256_file(weights),
-        "made_with": {"versions": versions(), "processor": hardware()["processor"], "capability": _capability()},
+        "made_with": made_with(),
         "tolerance": RERUN_TOLERANCE,
     }
-
-
-def _capability() -> str:
-    """The instructions that torch uses here, AVX2 for example: others round sums in another way."""
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

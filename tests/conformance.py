@@ -38,12 +38,14 @@ RESULT = {"steps", "tokens", "parameters", "final_train_loss", "transform_report
 
 
 def cases() -> list[Case]:
-    """Every recipe that trains, on every family it does not refuse."""
+    """Every recipe that trains and every variant that it declares, on every family it does not refuse."""
     found = []
     for recipe in RECIPES.names():
         module = RECIPES.load(recipe)
         if module.ENGINE and not getattr(module, "NOT_BUILT", ""):
-            found += [Case(recipe, family) for family in MODELS if not module.refuses(family, ["bitflip"])]
+            families = [family for family in MODELS if not module.refuses(family, ["bitflip"])]
+            variants = ["", *getattr(module, "VARIANTS", {})]
+            found += [Case(recipe, family, variant) for family in families for variant in variants]
     return found
 
 

@@ -37,13 +37,19 @@ FAULTS: list[dict[str, Any]] = [{"type": "bitflip", "weight": {"p_frac": 0.01}, 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A recipe on a model family; the engine is the recipe's."""
+    """A recipe, or a variant that it declares, on a model family; the engine is the recipe's."""
 
     recipe: str
     family: str
+    variant: str = ""
 
     def __str__(self) -> str:
-        return f"{self.recipe}-{RECIPES.load(self.recipe).ENGINE}-{self.family}"
+        return "-".join(filter(None, (self.recipe, self.variant, RECIPES.load(self.recipe).ENGINE, self.family)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's settings that make the variant."""
+        return RECIPES.load(self.recipe).VARIANTS[self.variant] if self.variant else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Bench:
         settings = {
             "model": MODELS[self.case.family],
             "transform": FAULTS if transform is None else transform,
-            "recipe": recipe_settings(self.case.recipe, **(recipe or {})),
+            "recipe": recipe_settings(self.case.recipe, **{**self.case.settings, **(recipe or {})}),
             "seed": 3,
         }
         defaults = {"checkpoint_every": 2, "keep_checkpoints": 2, "log_every": 1, "tracking": {"wandb": "off"}}

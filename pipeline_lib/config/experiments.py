@@ -115,14 +115,21 @@ class Experiments:
                 value=recipe_name,
                 fix="choose another recipe, model or transform",
             )
-        if module.ENGINE is None and base is None and model.hub is None:
+        if module.ENGINE is None and base is None and model.trained is None:
             raise UserError(
                 "nothing to evaluate: recipe `none` trains no weights",
                 where=f"{where}.recipe",
                 value="none",
                 fix="give `from:` an experiment, or another recipe",
             )
-        check_complete(entry, module, recipe_name, bool(base or model.hub), where)
+        if getattr(module, "BUILDS_MODEL", False) and model.trained is not None:
+            raise UserError(
+                f"recipe {recipe_name} builds its model from dimensions, and {model_name} is a checkpoint",
+                where=f"{where}.recipe",
+                value=recipe_name,
+                fix="use finetune or none, or a model of dimensions",
+            )
+        check_complete(entry, module, recipe_name, bool(base or model.trained), where)
         return Resolved(
             name=name, model_name=model_name, model=model, transform=_listed(transforms), transform_settings=transforms,
             recipe_name=recipe_name, recipe=recipe, recipe_module=module,
@@ -194,7 +201,7 @@ class Experiments:
         if given is None and base is not None:
             given = "none"
         if given is None:
-            given = "distill" if "int2" in types else model.recipe or ("none" if model.hub else "pretrain")
+            given = "distill" if "int2" in types else model.recipe or ("none" if model.trained else "pretrain")
         named = {given: {}} if isinstance(given, str) else given
         if len(named) != 1:
             raise UserError("an experiment has one recipe", where=f"{where}.recipe", value=list(named), fix="keep one")

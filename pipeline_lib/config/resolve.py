@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
+from pipeline_lib.config.fingerprint import fingerprint
+from pipeline_lib.config.local_models import checkpoint_files
 from pipeline_lib.config.models import count_parameters
 from pipeline_lib.config.names import human_count, slug
 from pipeline_lib.config.nodes import Node, make_node
@@ -19,8 +22,8 @@ from pipeline_lib.config.registry import SOURCES, TASK_TYPES
 from pipeline_lib.config.schema import Config, Experiment
 from pipeline_lib.config.validate import validate
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "tokenizer*", "*.jinja"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "tokenizer*", "*.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Bytes that an evaluation or a tokenizer reads of a source which trainings fetch in part.
 PART_OF_A_LARGE_SOURCE = 2**30
 
@@ -91,7 +94,7 @@ class Resolver:
                 "tokenizer", f"bpe-{entry.train.vocab_size}", {"train": {"vocab_size": entry.train.vocab_size}}, inputs
             )
         assert entry.hub is not None
-        asset = self.asset(entry.hub, entry.revision, TOKENIZER_FILES)
+        asset = self.asset(entry.hub, entry.revision, list(TOKENIZER_FILES))
         hub = {"repo": entry.hub, "revision": asset.settings["revision"]}
         return make_node("tokenizer", entry.hub, {"hub": hub}, {"asset": asset})
 
@@ -113,6 +116,9 @@ class Resolver:
         """The model settings of a spec."""
         model = exp.model
         own = model.llama or model.bert
+        if model.local is not None:
+            files = self.checkpoint_files(exp.model_name, MODEL_FILES)
+            return {"family": "local", "content": fingerprint(files), "architecture": model.local.family}
         if own is None:
             assert model.hub is not None
             commit = pinned("model", model.hub.repo, model.hub.revision)
@@ -124,8 +130,8 @@ class Resolver:
     def recipe(self, exp: Resolved) -> dict[str, Any]:
         """The recipe's settings with its steps resolved."""
         parameters = None
-        if exp.model.hub is not None:
-            parameters = exp.model.hub.parameters
+        if exp.model.trained is not None:
+            parameters = exp.model.trained.parameters
         else:
             parameters = count_parameters(self.architecture(exp, 1))[1]
         try:
@@ -154,8 +160,8 @@ class Resolver:
         inputs = {"tokens": self.tokens(exp.dataset, tokenizer, needed), "tokenizer": tokenizer}
         if exp.from_ is not None:
             inputs["init"] = self.checkpoint(self.experiments.get(exp.from_))
-        elif exp.model.hub is not None:
-            inputs["init"] = self.hub_model(exp)
+        elif exp.model.trained is not None:
+            inputs["init"] = self.trained_model(exp)
         for role, stage in (("teacher", "teacher"), ("losses", "score")):
             source = getattr(exp, role)
             if source is not None:
@@ -167,20 +173,41 @@ class Resolver:
         """The tokenizer of an experiment's model."""
         if exp.model.tokenizer is not None:
             return self.tokenizer(exp.model.tokenizer)
+        if exp.model.local is not None:
+            asset = self.local_asset(exp.model_name, TOKENIZER_FILES)
+            return make_node("tokenizer", asset.label, {"local": asset.settings["files"]}, {"asset": asset})
         assert exp.model.hub is not None
         hub = {"repo": exp.model.hub.repo, "revision": pinned("model", exp.model.hub.repo, exp.model.hub.revision)}
-        asset = self.asset(exp.model.hub.repo, exp.model.hub.revision, TOKENIZER_FILES)
+        asset = self.asset(exp.model.hub.repo, exp.model.hub.revision, list(TOKENIZER_FILES))
         return make_node("tokenizer", exp.model.hub.repo, {"hub": hub}, {"asset": asset})
 
-    def hub_model(self, exp: Resolved) -> Node:
-        """The files of a hub checkpoint."""
+    @once
+    def checkpoint_files(self, model: str, patterns: tuple[str, ...]) -> dict[str, str]:
+        """{name: SHA-256} of files of a local model."""
+        local = self.config.models[model].local
+        assert local is not None
+        return checkpoint_files(local.path, patterns, f"{self.file}: models.{model}.local.path")
+
+    def local_asset(self, model: str, patterns: tuple[str, ...]) -> Node:
+        """Files of a local model, known by their content; where they lie is no part of what they are."""
+        local, files = self.config.models[model].local, self.checkpoint_files(model, patterns)
+        assert local is not None
+        path = str(Path(local.path).expanduser().absolute())
+        return make_node(
+            "assets", local_label(fingerprint(files)), {"kind": "local", "files": files}, {}, {"path": path}
+        )
+
+    def trained_model(self, exp: Resolved) -> Node:
+        """The files of a hub or local checkpoint."""
+        if exp.model.local is not None:
+            return self.local_asset(exp.model_name, MODEL_FILES)
         assert exp.model.hub is not None
-        return self.asset(exp.model.hub.repo, exp.model.hub.revision, MODEL_FILES)
+        return self.asset(exp.model.hub.repo, exp.model.hub.revision, list(MODEL_FILES))
 
     def checkpoint(self, exp: Resolved) -> Node:
         """The Hugging Face checkpoint that an experiment is evaluated from."""
         if exp.recipe_module.ENGINE is None:
-            return self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.hub_model(exp)
+            return self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.trained_model(exp)
         train = self.train(exp)
         settings = {"model": train.settings["model"], "transform": exp.transform, "dtype": "float32"}
         settings["layout"] = getattr(exp.recipe_module, "LAYOUT", "hf")
@@ -271,9 +298,15 @@ def task_label(task: dict[str, Any]) -> str:
 def weights_label(settings: dict[str, Any]) -> str:
     """Recipe, transform, and the model's family and size."""
     model = settings["model"]
-    size = (
-        slug(model["repo"])
-        if model["family"] == "hub"
-        else f"{model['family']}-{human_count(count_parameters(model)[0])}"
-    )
+    if model["family"] == "hub":
+        size = slug(model["repo"])
+    elif model["family"] == "local":
+        size = local_label(model["content"])
+    else:
+        size = f"{model['family']}-{human_count(count_parameters(model)[0])}"
     return f"{settings['recipe']['type']}-{transform_label(settings['transform'])}-{size}"
+
+
+def local_label(content: str) -> str:
+    """A local checkpoint's name, from the fingerprint of its content."""
+    return f"local-{content[:6]}"

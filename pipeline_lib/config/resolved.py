@@ -51,7 +51,7 @@ class Resolved:
 
 def family_of(model: Model) -> str:
     """`bert` or `llama`."""
-    return "bert" if model.bert or (model.hub and model.hub.family == "bert") else "llama"
+    return "bert" if model.bert or (model.trained and model.trained.family == "bert") else "llama"
 
 
 def check_complete(entry: Experiment, module: ModuleType, recipe: str, has_weights: bool, where: str) -> None:
@@ -67,5 +67,5 @@ def check_complete(entry: Experiment, module: ModuleType, recipe: str, has_weigh
                 f"recipe {recipe} needs {'weights to start from' if key == 'from' else f'`{key}`'}",
                 where=f"{where}.{key}",
                 allowed="the name of an experiment",
-                fix="add `from:`, or use a hub model" if key == "from" else f"add `{key}:`",
+                fix="add `from:`, or use a hub or local model" if key == "from" else f"add `{key}:`",
             )

@@ -102,13 +102,22 @@ class HubModel(Settings):
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
 
 
+class LocalModel(Settings):
+    """A checkpoint in a folder of this machine, known by its content; safetensors only."""
+
+    path: str = Field(description="folder of a Hugging Face checkpoint, relative to config.yaml")
+    family: Literal["llama", "bert"] = Field(default="llama", description="its architecture family")
+    parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
+
+
 class Model(Settings):
-    """An architecture at a size, or a hub checkpoint, with the defaults of experiments on it."""
+    """An architecture at a size, or a checkpoint that is there already, with the defaults of experiments on it."""
 
     llama: Llama | None = Field(default=None, description="a llama of these dimensions")
     bert: Bert | None = Field(default=None, description="a BERT of these dimensions")
     hub: HubModel | None = Field(default=None, description="a hub checkpoint: {repo, revision}")
-    tokenizer: str | None = Field(default=None, description="name of a tokenizer (a hub checkpoint brings its own)")
+    local: LocalModel | None = Field(default=None, description="a checkpoint on this machine: {path}")
+    tokenizer: str | None = Field(default=None, description="name of a tokenizer (a checkpoint brings its own)")
     dataset: str | None = Field(default=None, description="name of the dataset it is trained on by default")
     recipe: str | dict[str, PluginSettings] | None = Field(
         default=None, description="a recipe's name, or {name: {setting: value}}"
@@ -119,12 +128,17 @@ class Model(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Model:
-        given = [name for name in ("llama", "bert", "hub") if getattr(self, name) is not None]
+        given = [name for name in ("llama", "bert", "hub", "local") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of `llama`, `bert` and `hub`")
-        if self.hub is None and self.tokenizer is None:
+            raise ValueError("give exactly one of `llama`, `bert`, `hub` and `local`")
+        if self.trained is None and self.tokenizer is None:
             raise ValueError("a model that is built from dimensions needs a `tokenizer`")
         return self
+
+    @property
+    def trained(self) -> HubModel | LocalModel | None:
+        """The checkpoint that the model is; None where it is built from dimensions."""
+        return self.hub or self.local
 
 
 class Experiment(Settings):

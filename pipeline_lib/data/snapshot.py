@@ -1,8 +1,9 @@
-"""Files from the hub or the web as they are: models, tokenizers, data sets of tasks."""
+"""Files from the hub, the web or a folder as they are: models, tokenizers, data sets of tasks."""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import shutil
+from pathlib import Path, PurePosixPath
 
 from pipeline_lib.artifacts.files import sha256_file, write_json
 from pipeline_lib.artifacts.job import Job
@@ -23,7 +24,7 @@ def build(job: Job) -> None:
     Raises:
         UserError: the files cannot be had, or a model has no safetensors.
     """
-    result = _from_url(job) if job.settings["kind"] == "url" else _from_hub(job)
+    result = {"url": _from_url, "hub": _from_hub, "local": _from_folder}[job.settings["kind"]](job)
     write_json(job.out / "asset.json", {"result": result, "provenance": {}})
 
 
@@ -32,6 +33,37 @@ def _from_url(job: Job) -> dict[str, object]:
     path = fetch(Remote(check_url(url, "asset url"), url, checksum=("sha256", digest)), job.work / "files" / name)
     place(path, job.out / "files" / name)
     return {"url": url, "revision": None, "files": {name: [path.stat().st_size, digest]}}
+
+
+def _from_folder(job: Job) -> dict[str, object]:
+    """Copies, since the user may go on working in the folder; each is checked against the content that was planned."""
+    folder, planned = Path(job.execution["path"]), job.settings["files"]
+    files: dict[str, list[object]] = {}
+    with Progress(f"copy {folder.name}", len(planned), "files") as progress:
+        for name, digest in sorted(planned.items()):
+            copy = job.work / "files" / safe_path(name, str(folder))
+            if not copy.exists() or sha256_file(copy) != digest:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _copy(folder / name, copy, digest)
+            files[name] = [copy.stat().st_size, digest]
+            place(copy, job.out / "files" / name)
+            progress.update()
+    return {"files": files}
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    found = "missing"
+    if source.is_file():
+        shutil.copyfile(source, target)
+        found = sha256_file(target)
+    if found != digest:
+        raise UserError(
+            "changed since it was planned",
+            where=str(source),
+            value=found,
+            allowed=digest,
+            fix="give the command again: it plans with the new content",
+        )
 
 
 def _from_hub(job: Job) -> dict[str, object]:

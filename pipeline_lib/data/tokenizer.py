@@ -30,7 +30,8 @@ def build(job: Job) -> None:
         tokenizer = train(job.inputs["dataset"], job.settings["train"]["vocab_size"])
         special: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     else:
-        tokenizer, special = from_hub(job.inputs["asset"] / "files", job.settings["hub"]["repo"])
+        origin = f"models/{job.settings['hub']['repo']}" if "hub" in job.settings else job.label
+        tokenizer, special = from_files(job.inputs["asset"] / "files", origin)
     tokenizer.save(str(job.out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     # Plain, as transformers wants it: not wrapped in result and provenance.
@@ -87,8 +88,8 @@ def _texts(dataset: Path, limit: int) -> Iterator[str]:
                         return
 
 
-def from_hub(files: Path, repo: str) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer in a hub repository's files, and the special tokens and limits it declares.
+def from_files(files: Path, origin: str) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer in a hub or local model's files, and the special tokens and limits it declares.
 
     A model without `bos` or `eos` but with `cls` and `sep` (BERT) uses those; without `pad`, `eos` pads.
 
@@ -101,7 +102,7 @@ def from_hub(files: Path, repo: str) -> tuple[Tokenizer, dict[str, Any]]:
     if not path.exists():
         raise UserError(
             "has no tokenizer.json (a fast tokenizer)",
-            where=f"models/{repo}",
+            where=origin,
             value=sorted(p.name for p in files.rglob("*") if p.is_file()),
             fix="choose a repository whose tokenizer is stored as tokenizer.json",
         )
@@ -113,12 +114,10 @@ def from_hub(files: Path, repo: str) -> tuple[Tokenizer, dict[str, Any]]:
     tokens["eos"] = tokens["eos"] or tokens["sep"]
     tokens["pad"] = tokens["pad"] or tokens["eos"]
     if tokens["eos"] is None:
-        raise UserError(
-            "declares neither eos_token nor sep_token", where=f"models/{repo}", fix="choose another tokenizer"
-        )
+        raise UserError("declares neither eos_token nor sep_token", where=origin, fix="choose another tokenizer")
     for role, token in tokens.items():
         if token is not None and tokenizer.token_to_id(token) is None:
-            raise UserError(f"its {role}_token is not in its vocabulary", where=f"models/{repo}", value=token)
+            raise UserError(f"its {role}_token is not in its vocabulary", where=origin, value=token)
     tokens["bos"] = tokens["bos"] or tokens["eos"]
     return tokenizer, {**kept, **{f"{role}_token": token for role, token in tokens.items() if token is not None}}
 

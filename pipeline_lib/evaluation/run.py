@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -59,7 +60,10 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
         if (left / LOCK).exists() and not is_held(left / LOCK):
             shutil.rmtree(left, ignore_errors=True)
     made = tempfile.TemporaryDirectory(prefix="errata-evaluate-")
-    try_hold(Path(made.name) / LOCK)
+    # Held before it has its name: a process that begins at the same moment would find it free and remove the folder.
+    unnamed = Path(made.name) / f"{LOCK}-{os.getpid()}"
+    try_hold(unnamed)
+    unnamed.rename(Path(made.name) / LOCK)
     return made
 
 

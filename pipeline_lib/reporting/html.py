@@ -97,6 +97,8 @@ def _model(training: Training | None) -> str:
         return "—"
     if model["family"] == "hub":
         return model["repo"]
+    if model["family"] == "local":
+        return f"local {model['content'][:6]}"
     return f"{model['family']} {model['layers']} × {model['dim']}"
 
 

@@ -1,4 +1,4 @@
-"""assets: files from the hub or the web that later stages need offline."""
+"""assets: files from the hub, the web or a folder of the user's that later stages need offline and unchanged."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from pipeline_lib.data.snapshot import build
 
 
 def run(job: Job) -> None:
-    """settings {kind: hub, repo, repo_type, revision, patterns} or {kind: url, url, sha256, name} → files/."""
+    """settings {kind: hub, repo, repo_type, revision, patterns}, {kind: url, url, sha256, name} or {kind: local, files:
+    {name: sha256}} (with execution {path}) → files/."""
     build(job)

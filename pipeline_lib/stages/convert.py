@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CHECK = "check.safetensors"
+ADAPTER = "adapter"
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference of logits between the engine's model and the checkpoint, as a share of the largest logit
 where that is above 1."""
@@ -19,7 +21,8 @@ where that is above 1."""
 
 def run(job: Job) -> None:
     """Write a checkpoint of config.json, generation_config.json, model.safetensors, the tokenizer's files,
-    transform.json and, where the transform has state, transform.safetensors; then load it as a user would.
+    transform.json and, where the transform has state, transform.safetensors, and an adapter's own files below
+    adapter/ (it is merged into model.safetensors); then load it as a user would.
 
     Raises:
         UserError: the weights do not fit the model, or the checkpoint computes something else than the
@@ -40,6 +43,8 @@ def run(job: Job) -> None:
     config, architecture = _configuration(job)
     tokenizer = checkpoint.load_tokenizer(job.inputs["tokenizer"])
     checkpoint.save_checkpoint(job.out, config, state, tokenizer, architecture)
+    if (train / ADAPTER).is_dir():
+        shutil.copytree(train / ADAPTER, job.out / ADAPTER)
     checkpoint.save_transform(job.out, settings["transform"], checkpoint.load_transform(train)[1])
     model = checkpoint.load_model(job.out, dtype)
     surplus = sorted(set(state) - set(model.state_dict()))
@@ -65,7 +70,7 @@ def _configuration(job: Job) -> tuple[PretrainedConfig, str]:
         return llama.config(model), "LlamaForCausalLM"
     if model["family"] == "bert":
         return bert.config(model), "BertForMaskedLM"
-    # The engine that trained a hub model leaves its configuration beside the weights.
+    # The engine that trained a hub or local checkpoint leaves its configuration beside the weights.
     config = AutoConfig.from_pretrained(job.inputs["train"], local_files_only=True, trust_remote_code=False)
     (architecture,) = config.architectures or []
     return config, architecture

@@ -11,6 +11,7 @@ from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.distributed import rank
 
 if TYPE_CHECKING:
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 def initial_model(job: Job) -> nn.Module:
     """The Hugging Face model a training starts from, fp32 on the CPU: `init`'s weights, or fresh ones from the seed.
 
+    Weights that the recipe clips are in range already.
+
     Raises:
         UserError: a hub model without its files, or a model that does not fit the data.
     """
     model = _built(job)
     _fits(job, model)
+    WeightClipping(model, job.settings["recipe"].get("clip_weights"))()
     return model
 
 

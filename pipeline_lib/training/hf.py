@@ -26,6 +26,7 @@ from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
 from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
+from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.hooks import Hooks, refuse_loop_hooks
 from pipeline_lib.training.loop import gradient_norm, not_finite, resumable
 from pipeline_lib.training.losses import count_targets
@@ -68,6 +69,7 @@ class ErrataTrainer(Trainer):
 
     Attributes:
         done_steps: optimizer steps done.
+        parameters: those of the model itself, without adapters and without what a transform added.
         last_loss: mean loss of the last step over all ranks, nats per target.
     """
 
@@ -80,13 +82,16 @@ class ErrataTrainer(Trainer):
         shards = TokenShards(job.inputs["tokens"], "train")
         self.batches = BatchLoader(shards, self.recipe.seq_len, self.recipe.global_batch, job.settings["seed"])
         model: Any = initial_model(job)
-        applied = apply_transform(job, model)
-        self.context, self.transform_report = applied.context, applied.report
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.hooks.adapt(model)
+        self.applied = apply_transform(job, model)
+        self.context = self.applied.context
         save_memory(model, option(job, "activation_checkpointing", "none"))
         if option(job, "compile", False):
             for block in blocks(model):
                 block.compile()
         model.to(distributed.device())
+        self.clip = WeightClipping(model, self.recipe.clip_weights)
         optimizer = self.hooks.optimizer(model.parameters())
         schedule = LambdaLR(optimizer, self.hooks.lr_factor)
         self.done_steps, self.last_loss, self.tail = 0, math.nan, Tail(self.recipe.steps)
@@ -187,11 +192,14 @@ class ErrataTrainer(Trainer):
         result = {
             "steps": self.done_steps,
             "tokens": self.done_steps * self.recipe.tokens_per_step,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": self.parameters,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "final_train_loss": self.tail.mean(),
-            "transform_report": self.transform_report,
+            "transform_report": self.applied.report,
         }
-        publish(self.job, state, result, {"seconds": seconds})
+        self.applied.remove()
+        state = self.hooks.export(model, state, self.job.out)
+        publish(self.job, state, result, {"seconds": seconds}, model)
 
 
 class _MicroBatches:
@@ -248,6 +256,10 @@ class _Watch(TrainerCallback):
         trainer.reduce_loss()
         if not (math.isfinite(trainer.last_loss) and math.isfinite(self.norm)):
             raise not_finite(trainer.done_steps, trainer.last_loss, self.norm)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep weights in range."""
+        self.trainer.clip()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log, save, stop."""

@@ -8,6 +8,7 @@ refuses a recipe that overrides what the Trainer decides itself (`LOOP_ONLY`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,8 +42,24 @@ class Hooks:
     def __init__(self, settings: TrainingSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
 
+    def adapt(self, model: nn.Module) -> None:
+        """Called once on the model with its weights, on the CPU, before it gets its transform: freeze, add adapters."""
+
+    def export(self, model: nn.Module, state: dict[str, Tensor], out: Path) -> dict[str, Tensor]:
+        """What is published of a finished training; rank 0 calls it.
+
+        Args:
+            model: as it was trained; a hook may change it, nothing needs it afterwards.
+            state: name → whole CPU tensor, tied weights once.
+            out: the artifact; a hook may write files of its own.
+
+        Returns:
+            name → tensor, under the names of the model that `adapt` was given.
+        """
+        return state
+
     def prepare(self, loop: Loop) -> None:
-        """Called once, after the model has its transform and weights and before it is sharded (adapters, a teacher)."""
+        """Called once, after the model has its transform and weights and before it is sharded (a teacher)."""
 
     def batch(self, loader: BatchLoader, step: int, first: int, count: int) -> Batch:
         """The sequences `first` … `first + count` of the global batch of `step`, on the CPU."""

@@ -23,6 +23,7 @@ from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
 from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
+from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.losses import count_targets
 from pipeline_lib.training.memory import peak_memory
@@ -48,6 +49,7 @@ class Loop:
         job, settings, hooks: what is trained, the recipe's settings, and its hooks.
         model: sharded when there are several ranks; parameters bear Hugging Face names.
         context: the faults' bookkeeping.
+        clip: keeps weights in range; called after each optimizer step.
         optimizer: a hook may replace it (after a merge, for example).
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
@@ -64,10 +66,12 @@ class Loop:
         shards = TokenShards(job.inputs["tokens"], "train")
         self.loader = BatchLoader(shards, self.settings.seq_len, self.settings.global_batch, self.seed)
         self.model: Any = initial_model(job)
+        self.hooks.adapt(self.model)
         applied = apply_transform(job, self.model)
         self.context, self.transform_report = applied.context, applied.report
         self.hooks.prepare(self)
         self._place()
+        self.clip = WeightClipping(self.model, self.settings.clip_weights)
         self.optimizer = self.hooks.optimizer(self.model.parameters())
         self.checkpoints = job.work / "checkpoints"
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
@@ -108,7 +112,9 @@ class Loop:
                 "final_train_loss": self.tail.mean(),
                 "transform_report": self.transform_report,
             }
-            publish(self.job, state, result, {"seconds": seconds, "steps_in_this_process": self.step - first_step})
+            state = self.hooks.export(self.model, state, self.job.out)
+            timing = {"seconds": seconds, "steps_in_this_process": self.step - first_step}
+            publish(self.job, state, result, timing, self.model)
             log.close()
         distributed.barrier()
 
@@ -158,6 +164,7 @@ class Loop:
         if not (math.isfinite(self.loss) and math.isfinite(norm)):  # both are global: all ranks agree
             raise not_finite(step, self.loss, norm)
         self.optimizer.step()
+        self.clip()
         self.step += 1
         self.tokens += self.settings.tokens_per_step
         self.tail.add(self.step, self.loss)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pipeline_lib.artifacts.files import write_json
@@ -12,6 +13,19 @@ from pipeline_lib.artifacts.job import Job
 from pipeline_lib.models.checkpoint import save_state, save_transform
 from pipeline_lib.models.naming import split_transform
 from pipeline_lib.training.memory import peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECK = "check.safetensors"
+"""In an artifact: fixed tokens, and what the trained model says of them, for the conversion to compare with."""
+CHECK_SEQUENCES, CHECK_TOKENS = 2, 64
+
+
+def check_tokens(vocab: int, seq_len: int) -> Tensor:
+    """Fixed random tokens, [CHECK_SEQUENCES, at most CHECK_TOKENS] int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (CHECK_SEQUENCES, min(CHECK_TOKENS, seq_len)), generator=generator)
 
 
 class Tail:
@@ -35,7 +49,13 @@ class Tail:
         return math.fsum(self.losses) / len(self.losses)
 
 
-def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenance: dict[str, Any]) -> None:
+def publish(
+    job: Job,
+    state: dict[str, Tensor],
+    result: dict[str, Any],
+    provenance: dict[str, Any],
+    model: PreTrainedModel | None = None,
+) -> None:
     """Write weights, transform state and train.json into `job.out`; rank 0 calls it.
 
     Args:
@@ -43,7 +63,11 @@ def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenan
         state: name → whole CPU tensor, tied weights once; what transforms added goes to files of its own.
         result: steps, tokens, parameters, final_train_loss, transform_report and what else is a result.
         provenance: timings and the like; peak memory is added.
+        model: where it began as a checkpoint, its configuration is written too: no settings of ours hold it.
     """
+    if model is not None and job.settings["model"]["family"] in ("hub", "local"):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(job.out)
     own, added = split_transform(state)
     save_state(job.out, own)
     save_transform(job.out, job.settings["transform"], added)

@@ -5,13 +5,37 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.config.base import Settings
+from pipeline_lib.config.base import Settings, added
+from pipeline_lib.transforms.patterns import IN_LAYERS
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_limits(given: Any) -> Any:
+    """A number for the linear layers, a mapping from patterns, or the list of pairs that a spec holds."""
+    if given is None or isinstance(given, (list, tuple)):
+        return given
+    if isinstance(given, dict) and not given:
+        raise ValueError("names no weights: give a number, or a map from patterns to numbers")
+    return tuple(given.items()) if isinstance(given, dict) else ((f"linear:{IN_LAYERS}", given),)
+
+
+Limits = Annotated[tuple[tuple[str, Positive | None], ...] | None, BeforeValidator(_as_limits)]
+"""Ordered (pattern, w_max or None = leave alone); the first match wins."""
+
+
+BUDGETS = ("steps", "tokens", "tokens_per_parameter")
+
+
+def budget_or(given: dict[str, Any], tokens_per_parameter: float) -> dict[str, Any]:
+    """Settings as the user gave them, with this budget where they have none."""
+    if all(given.get(name) is None for name in BUDGETS):
+        return {**given, "tokens_per_parameter": tokens_per_parameter}
+    return given
 
 
 def option(job: Job, name: str, default: Any) -> Any:
@@ -51,13 +75,19 @@ class TrainingSettings(Settings):
         1, gt=0, description="virtual devices: equal shares of the global batch that draw weight faults of their own"
     )
 
+    clip_weights: Limits = added(
+        None,
+        "w_max: weights are clamped to -w_max … w_max before the first and after every optimizer step; a number for "
+        "the linear layers inside the numbered layers, or an ordered map from patterns on layer names to numbers, "
+        "null = leave alone",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        budgets = {"steps": self.steps, "tokens": self.tokens, "tokens_per_parameter": self.tokens_per_parameter}
-        given = [name for name, value in budgets.items() if value is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"the budget is given {len(given)} times ({', '.join(given)})" if given else "there is no budget"
-            raise ValueError(f"{found}: give exactly one of {', '.join(budgets)}")
+            raise ValueError(f"{found}: give exactly one of {', '.join(BUDGETS)}")
         if self.warmup_fraction is not None and self.warmup_steps is not None:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} and warmup_steps {self.warmup_steps} are both given: keep one"
@@ -97,5 +127,8 @@ class TrainingSettings(Settings):
             return self.tokens
         assert self.tokens_per_parameter is not None  # one budget is given
         if parameters is None:
-            raise ValueError("tokens_per_parameter needs the model's number of parameters: give tokens or steps")
+            raise ValueError(
+                "tokens_per_parameter needs the model's number of parameters: give it as `parameters` of the model, "
+                "or give tokens or steps"
+            )
         return self.tokens_per_parameter * parameters

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline_lib.artifacts.files import read_json, write_json
+from pipeline_lib.models.naming import is_transform_state
 from pipeline_lib.training.distributed import rank
 
 WEIGHTS, OPTIMIZER, HOOKS, VALUES = "weights.safetensors", "optimizer.safetensors", "hooks.safetensors", "state.json"
@@ -28,6 +29,12 @@ def named_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
 
 
+def changing_state(model: nn.Module) -> dict[str, Tensor]:
+    """`named_state` without the model's own weights that are frozen: what a checkpoint has to hold."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: t for name, t in named_state(model).items() if name not in frozen or is_transform_state(name)}
+
+
 def full(tensor: Tensor) -> Tensor | None:
     """The whole tensor on the CPU for rank 0, None for the others. All ranks must call it alike."""
     whole = tensor.detach()
@@ -38,8 +45,12 @@ def full(tensor: Tensor) -> Tensor | None:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Rank 0: name → whole CPU tensor, sorted by name. The others: nothing. All ranks must call it."""
-    gathered = {name: full(tensor) for name, tensor in sorted(named_state(model).items())}
-    return {name: tensor for name, tensor in gathered.items() if tensor is not None}
+    return _gathered(named_state(model))
+
+
+def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    whole = {name: full(tensor) for name, tensor in sorted(state.items())}
+    return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
 
 def save_state(
@@ -51,11 +62,13 @@ def save_state(
 ) -> None:
     """Write a training's state into `directory` (rank 0 writes, all ranks call). The caller seals it.
 
+    Frozen weights stay out: who resumes has them from where the training began.
+
     Args:
         values: step and whatever else is not a tensor; JSON.
         hook_tensors: alike on all ranks.
     """
-    weights = full_state(model)
+    weights = _gathered(changing_state(model))
     moments = {name: full(tensor) for name, tensor in _optimizer_tensors(model, optimizer)}
     if rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +85,7 @@ def load_weights(directory: Path, model: nn.Module) -> None:
         KeyError, ValueError: the file holds other tensors than the model has.
     """
     with torch.no_grad(), safe_open(directory / WEIGHTS, "pt") as file:
-        state = named_state(model)
+        state = changing_state(model)
         if set(file.keys()) != set(state):
             raise KeyError(f"{directory / WEIGHTS} and the model differ in {sorted(set(file.keys()) ^ set(state))[:5]}")
         for name, tensor in state.items():

@@ -50,6 +50,9 @@ SitePatterns = Annotated[
 """The type of a settings field `sites`; given as a mapping, kept and written as a list of pairs."""
 
 EVERYWHERE: Any = {"*": {}}
+IN_LAYERS = "*.layer*.*"
+"""Everything inside the numbered layers of a llama (`model.layers.…`) or BERT (`bert.encoder.layer.…`): no head, no
+embedding."""
 
 
 def matches(pattern: str, site: Site) -> bool:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from pipeline_lib.config import hashes
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.data.sources import local, url
 from tests.data.files import LINES, settings, texts, write
@@ -109,8 +110,8 @@ def test_identity_is_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert before["sha256"] == {"a.jsonl": hashlib.sha256(path.read_bytes()).hexdigest()}
     os.utime(path, (1, 1))
     assert settings("a.jsonl") == before
-    for limit in (local.ALWAYS_HASHED, 0):  # with 0 the cache of large files is used
-        monkeypatch.setattr(local, "ALWAYS_HASHED", limit)
+    for limit in (hashes.ALWAYS_HASHED, 0):  # with 0 the cache of large files is used
+        monkeypatch.setattr(hashes, "ALWAYS_HASHED", limit)
         assert settings("a.jsonl") == before
         data = path.read_bytes()
         path.write_bytes(data.replace(b"number 1,", b"number 9,"))

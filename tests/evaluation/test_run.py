@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
+from pipeline_lib.evaluation import run
 from pipeline_lib.evaluation.run import Session
 from pipeline_lib.stages import evaluate
 from tests.conftest import ROOT
@@ -153,6 +155,27 @@ def test_many_settings_in_one_process(
     means = [bits(faulty(settings, transform=[{**JITTER[0], "amount": i / 10}])) for i in range(4)]
     assert len(set(means)) == 4
     assert means[0] == bits(settings)  # faults of size 0
+
+
+def test_the_scratch_of_a_process_that_just_begins_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finds a lock file that is not locked yet, and removes the folder a moment later."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hold = run.try_hold
+
+    def slowly(path: Path) -> str | None:
+        path.touch()
+        locks = list(tmp_path.glob(f"errata-evaluate-*/{run.LOCK}"))
+        doomed = [lock.parent for lock in locks if not run.is_held(lock)]
+        holder = hold(path)
+        for left in doomed:
+            shutil.rmtree(left)
+        return holder
+
+    monkeypatch.setattr(run, "try_hold", slowly)
+    made = run._scratch()
+    assert run.is_held(Path(made.name) / run.LOCK)
 
 
 def test_the_scratch_of_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,16 +21,17 @@ BUDGET = {"steps": STEPS, "global_batch": 4, "seq_len": 16, "lr": 1e-3}
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination. `transform`: plain, a name, or a composition a+b."""
+    """A combination. `transform`: plain, a name, or a composition a+b. `variant`: one that the recipe declares, or ""."""
 
     recipe: str
     family: str
     transform: str
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """The experiment's name."""
-        return f"{self.recipe}.{self.family}.{self.transform}"
+        return ".".join(filter(None, (self.recipe, self.variant, self.family, self.transform)))
 
     @property
     def kill_after(self) -> int:
@@ -73,17 +74,19 @@ def cells() -> list[Cell]:
     """All combinations, those that make no sense included."""
     transforms = ["plain", *sorted(set(presets()) - {"plain"}), *compositions()]
     return [
-        Cell(recipe, family, transform)
+        Cell(recipe, family, transform, variant)
         for recipe in RECIPES.names()
+        for variant in ("", *getattr(RECIPES.load(recipe), "VARIANTS", {}))
         for family in ARCHITECTURES
         for transform in transforms
     ]
 
 
-def recipe_settings(recipe: str) -> dict[str, Any]:
-    """A tiny budget, as far as the recipe has one."""
-    fields = RECIPES.load(recipe).Settings.model_fields
-    return {key: value for key, value in BUDGET.items() if key in fields}
+def recipe_settings(recipe: str, variant: str = "") -> dict[str, Any]:
+    """A tiny budget, as far as the recipe has one, and what makes the variant."""
+    module = RECIPES.load(recipe)
+    own = module.VARIANTS[variant] if variant else {}
+    return {**{key: value for key, value in BUDGET.items() if key in module.Settings.model_fields}, **own}
 
 
 def from_scratch(family: str) -> str:
@@ -102,7 +105,7 @@ def experiment(cell: Cell) -> dict[str, Any]:
     entry: dict[str, Any] = dict.fromkeys(needs, f"base.{cell.family}")
     if "from" not in entry:
         entry["model"] = cell.family
-    return {**entry, "transform": cell.transform, "recipe": {cell.recipe: recipe_settings(cell.recipe)}}
+    return {**entry, "transform": cell.transform, "recipe": {cell.recipe: recipe_settings(cell.recipe, cell.variant)}}
 
 
 def config(chosen: list[Cell]) -> dict[str, Any]:

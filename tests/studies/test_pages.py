@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, kills, robustness
+from studies import chaos, defences, kills, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
-ALL: dict[str, Derive] = {"chaos": chaos.derive, "kills": kills.derive, "robustness": robustness.derive}
+ALL: dict[str, Derive] = {
+    "chaos": chaos.derive,
+    "defences": defences.derive,
+    "kills": kills.derive,
+    "robustness": robustness.derive,
+}
 DERIVE = {name: derive for name, derive in ALL.items() if (FOLDER / f"{name}.json").exists()}
 
 
@@ -31,6 +36,14 @@ def change_a_time(study: dict[str, Any]) -> None:
     study["points"][3]["seconds_to_mend"] += 1
 
 
+def raise_a_row(study: dict[str, Any]) -> None:
+    study["rows"]["trained clipped"]["transformed"]["seeds"][1]["mean"] *= 1.01
+
+
+def change_a_limit(study: dict[str, Any]) -> None:
+    study["settings"]["training"]["clipped"]["recipe"]["clip_weights"][0][1] *= 2
+
+
 def lose_a_kill(study: dict[str, Any]) -> None:
     study["random"].pop()
 
@@ -43,6 +56,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
     ("robustness", change_a_setting),
+    ("defences", raise_a_row),
+    ("defences", change_a_limit),
     ("chaos", change_a_fault),
     ("kills", change_a_time),
     ("kills", lose_a_kill),

@@ -11,8 +11,8 @@ import yaml
 from pipeline_lib.config.load import read_yaml
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.evaluation.statistics import summarise
-from studies.report import ROOT, load
-from studies.robustness import at_seed, rerun, seeded
+from studies.report import ROOT, at_seed, load
+from studies.robustness import rerun, seeded
 
 
 @pytest.fixture(scope="module")

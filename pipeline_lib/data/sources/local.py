@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator
 
-from pipeline_lib.artifacts.files import sha256_file, write_json
+from pipeline_lib.artifacts.files import sha256_file
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.hashes import file_hashes
 from pipeline_lib.data.documents import SPLITS, Source, Unit
 from pipeline_lib.data.formats import SUFFIXES, TableSettings
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-HASHES = Path("results/.hashes.json")
-ALWAYS_HASHED = 32 * 2**20  # files up to this many bytes are read by every planning (about 30 ms at most)
 
 
 class Settings(TableSettings):
@@ -58,7 +54,8 @@ class Settings(TableSettings):
 
     def resolved(self) -> Self:
         """With the SHA-256 of each file, so that an edit makes another dataset and a touch does not."""
-        return self.model_copy(update={"sha256": _hashes(self._units())})
+        files = {unit.name: unit.path for unit in self._units() if unit.path}
+        return self.model_copy(update={"sha256": file_hashes(files)})
 
     def open(self, work: Path) -> Source:
         """The files, after a check that they are the ones that were planned."""
@@ -115,28 +112,3 @@ class _Files(Source):
 
     def origin(self, read: list[Unit]) -> dict[str, Any]:
         return {"files": {unit.name: self.hashes[unit.name] for unit in read}}
-
-
-def _hashes(units: list[Unit]) -> dict[str, str]:
-    """SHA-256 of each file. Large files are read once and then known by size, inode and both times.
-
-    A file's change time (ctime) moves with every write and cannot be set back, so an edit is seen
-    even where the modification time is made to look old.
-    """
-    try:
-        known = json.loads(HASHES.read_text())
-    except (OSError, ValueError):
-        known = {}
-    fresh, hashes = {}, {}
-    for unit in units:
-        assert unit.path is not None
-        stat = unit.path.stat()
-        if stat.st_size <= ALWAYS_HASHED:
-            hashes[unit.name] = sha256_file(unit.path)
-            continue
-        key = f"{os.path.realpath(unit.path)} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        hashes[unit.name] = fresh[key] = known.get(key) or sha256_file(unit.path)
-    if set(fresh) - set(known):
-        with contextlib.suppress(OSError):  # a read-only project: the file is read again next time
-            write_json(HASHES, {**known, **fresh})
-    return hashes

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline_lib.training.settings import Positive, Share, TrainingSettings
+from pipeline_lib.training.settings import Positive, Share, TrainingSettings, budget_or
 
 ENGINE = "titan"
 FAMILIES = ("llama",)
+BUILDS_MODEL = True
+"""torchtitan builds the model itself, of given dimensions."""
 TOKENS_PER_PARAMETER = 22.0
 
 
@@ -36,15 +38,11 @@ class Settings(TrainingSettings):
     @model_validator(mode="before")
     @classmethod
     def _budget(cls, given: Any) -> Any:
-        if isinstance(given, dict) and all(given.get(k) is None for k in ("steps", "tokens", "tokens_per_parameter")):
-            return {**given, "tokens_per_parameter": TOKENS_PER_PARAMETER}
-        return given
+        return budget_or(given, TOKENS_PER_PARAMETER) if isinstance(given, dict) else given
 
 
 def refuses(model_family: str, transform_types: Sequence[str]) -> str | None:
     """Why this recipe makes no sense for a model and its transforms, or None."""
-    if model_family == "hub":
-        return "pretraining starts from random weights, a hub checkpoint has been trained: use finetune or none"
     if model_family not in FAMILIES:
         return f"torchtitan pretrains decoders of the family {FAMILIES[0]}, not {model_family}: use cram"
     return None

@@ -6,12 +6,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pipeline_lib.models.naming import from_canonical, split_transform, to_canonical
+from pipeline_lib.training.outcome import check_tokens
 from pipeline_lib.training.titan.model import TitanLlama, model_args
 from pipeline_lib.training.titan.plan import Plan
 from pipeline_lib.training.titan.trainer import TitanTrainer
-
-CHECK = "check.safetensors"
-CHECK_SEQUENCES, CHECK_TOKENS = 2, 64
 
 
 def whole_state(trainer: TitanTrainer) -> dict[str, torch.Tensor]:
@@ -35,9 +33,7 @@ def reference_logits(plan: Plan, state: dict[str, torch.Tensor]) -> dict[str, to
     Returns:
         tokens [B, T] int64 and logits [B, T, vocab] fp32.
     """
-    length = min(CHECK_TOKENS, plan.recipe.seq_len)
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(plan.model["vocab"], (CHECK_SEQUENCES, length), generator=generator)
+    tokens_BT = check_tokens(plan.model["vocab"], plan.recipe.seq_len)
     with torch.device("meta"):
         model = TitanLlama(model_args(plan.model, plan.seed))
     model.load_state_dict(from_canonical(split_transform(state)[0]), strict=True, assign=True)

@@ -60,6 +60,7 @@ def _train(plan: Plan) -> None:
         trainer = TitanTrainer(plan)
         if "init" in job.inputs:
             trainer.start_from(job.inputs["init"])
+        trainer.clip()
         trainer.applied.prepare()
         trainer.resume()
         log, files = None, (job.out / "log" / "metrics.jsonl", job.work / "metrics.jsonl")
@@ -79,8 +80,8 @@ def _finish(plan: Plan, trainer: TitanTrainer, seconds: float) -> None:
     from safetensors.torch import save_file
 
     from pipeline_lib.models.naming import split_transform
-    from pipeline_lib.training.outcome import publish
-    from pipeline_lib.training.titan.export import CHECK, reference_logits, whole_state
+    from pipeline_lib.training.outcome import CHECK, publish
+    from pipeline_lib.training.titan.export import reference_logits, whole_state
 
     state = whole_state(trainer)
     if plan.first:

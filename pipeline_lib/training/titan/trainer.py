@@ -17,6 +17,7 @@ from pipeline_lib.models.checkpoint import checkpoint_directory, load_state
 from pipeline_lib.models.naming import canonical_titan, is_transform_state
 from pipeline_lib.training import distributed
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune
+from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog
 from pipeline_lib.training.outcome import Tail
@@ -37,6 +38,7 @@ class TitanTrainer(Trainer):
 
     Attributes:
         applied: the transforms on the model: fault context and report.
+        clip: keeps weights in range; called after each optimizer step.
         tail: losses of the last steps, for the training's final loss.
     """
 
@@ -49,6 +51,7 @@ class TitanTrainer(Trainer):
         # torchtitan would wrap a single rank in autocast; here FSDP2 casts, or nothing does (Plan.sharded).
         self.maybe_enable_amp = contextlib.nullcontext()
         self.tail = Tail(plan.steps)
+        self.clip = WeightClipping(self.model_parts[0], plan.recipe.clip_weights, canonical_titan)
         self._parameters = [parameter for part in self.model_parts for parameter in part.parameters()]
         self._loss = torch.zeros((), device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
@@ -85,6 +88,7 @@ class TitanTrainer(Trainer):
             ).detach()
         self._grad_norm = clip_grad_norm_(self._parameters, recipe.max_norm, foreach=True)
         self.optimizers.step()
+        self.clip()
         self.lr_schedulers.step()
         fine = torch.isfinite(loss) & torch.isfinite(self._grad_norm)
         self._bad_step = torch.where(fine, self._bad_step, self._bad_step.clamp(max=step))

@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.numerics.flip_plan import probability_problem
-from pipeline_lib.transforms.patterns import SitePatterns, merge
+from pipeline_lib.transforms.patterns import IN_LAYERS, SitePatterns, merge
 
 OPERANDS: dict[str, dict[str, str]] = {
     "linear": {"weight": "weight", "input": "input"},
@@ -19,8 +19,7 @@ OPERANDS: dict[str, dict[str, str]] = {
 }
 """Kind of site -> role there -> the settings field with the operand's probabilities."""
 
-LAYERS: Any = {"*.layer*.*": {}}
-"""Everything inside the numbered layers of a llama (`model.layers.…`) or BERT (`bert.encoder.layer.…`)."""
+LAYERS: Any = {IN_LAYERS: {}}
 
 
 def _check_probability(p: float) -> float:
