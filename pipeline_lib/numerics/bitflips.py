@@ -1,12 +1,12 @@
 """Independent random bit flips of tensors of any 8-, 16- or 32-bit dtype, as a differentiable operation.
 
-The definition of the stream stands in `flip_reference`, the probabilities in `flip_plan`. On a CPU the numpy reference
-runs, on CUDA the Triton kernel of `flip_kernel`, which gives the same bits.
+The definition of the stream stands in `flip_reference`, the probabilities in `flip_plan`. On a CPU the C kernel of
+`flip_native` runs, on CUDA the Triton kernel of `flip_kernel`; both give the same bits.
 
 With a zero-out threshold t an element x' after the flips is kept where |x'| < t and becomes 0 elsewhere, so NaN and
 infinity become 0; this holds for all elements, flipped or not. The gradient passes straight through the flips, and
 through the gate where the element was kept. No mask is stored: without a threshold backward needs nothing; with one it
-draws the mask again and applies it to the saved input, unless so few elements were zeroed that it remembers those.
+draws the mask again over the saved input, unless forward saw (on a CPU) that nothing was zeroed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from pipeline_lib.numerics.flip_reference import Window
 from pipeline_lib.numerics.philox import int64
 
 __all__ = ["FlipPlan", "flip", "flip_", "make_plan", "plan_for"]
-
-_FEW = 64  # backward remembers which elements were zeroed out if they are fewer than 1 in 64, else it draws again
 
 
 def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: float | None = None) -> FlipPlan:
@@ -122,25 +120,36 @@ class _Flip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float | None
     ) -> Tensor:
-        ctx.plan, ctx.threshold, ctx.dropped = plan, threshold, None
-        if threshold is None or x.device.type == "cuda":
+        ctx.plan, ctx.threshold, ctx.dropped = plan, threshold, True
+        if x.device.type == "cuda":
             out = _flipped(x, key, row, element, plan, threshold)
         else:
-            out, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
-            if dropped.size <= x.numel() // _FEW:
-                ctx.dropped = dropped
-        if threshold is not None:  # also with `dropped`: checkpointing wants the same number every time
+            out, ctx.dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
+        if threshold is not None:  # also if nothing was zeroed: checkpointing wants the same number every time
             ctx.save_for_backward(x, key, row, element)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.dropped is not None:
-            grad = cpu.without(grad, ctx.dropped) if ctx.dropped.size else grad
-        elif ctx.threshold is not None:
-            x, key, row, element = ctx.saved_tensors
-            grad = _gated_gradient(grad, x, key, row, element, ctx.plan, ctx.threshold)
+        if ctx.threshold is not None and ctx.dropped:
+            grad = _Gate.apply(grad, *ctx.saved_tensors, ctx.plan, ctx.threshold)  # type: ignore[assignment]
         return grad, None, None, None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    """The gradient's way through the gate, which is linear: its own derivative is the same gate."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float
+    ) -> Tensor:
+        ctx.plan, ctx.threshold = plan, threshold
+        ctx.save_for_backward(x, key, row, element)
+        return _gated_gradient(grad, x, key, row, element, plan, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gate.apply(grad, *ctx.saved_tensors, ctx.plan, ctx.threshold), *(None,) * 6  # type: ignore[return-value]
 
 
 @torch.library.custom_op("errata::flip", mutates_args=())
@@ -199,6 +208,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _flip_op.register_autograd(_backward, setup_context=_save)
 
 
+def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, key, row, element, *ctx.others = inputs
+    ctx.save_for_backward(x, key, row, element)
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _flip_gradient_op(grad, *ctx.saved_tensors, *ctx.others), *(None,) * 8
+
+
+_flip_gradient_op.register_autograd(_gate_backward, setup_context=_save_gate)
+
+
 def _plan(bits: int, masks: list[int], probabilities: list[float]) -> FlipPlan:
     return make_plan(bits, list(zip(masks, probabilities, strict=True)))
 
@@ -208,8 +229,7 @@ def _flipped(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPla
     if x.device.type == "cuda":
         from pipeline_lib.numerics.flip_kernel import flip_cuda
 
-        out = flip_cuda(x, key, row, element, plan)
-        return out if threshold is None else torch.where(_kept(out, threshold), out, 0)
+        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x))
     return cpu.flipped(x, _window(x, key, row, element), plan, threshold)[0]
 
 
@@ -218,16 +238,16 @@ def _gated_gradient(
 ) -> Tensor:
     """Backward on real tensors: the mask is drawn again."""
     if x.device.type == "cuda":
-        return torch.where(_kept(_flipped(x, key, row, element, plan, None), threshold), grad.contiguous(), 0)
-    _, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
-    return cpu.without(grad, dropped)
+        from pipeline_lib.numerics.flip_kernel import flip_cuda
+
+        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x), grad)
+    return cpu.gated_gradient(grad, x, _window(x, key, row, element), plan, threshold)
+
+
+def _gate_bits(threshold: float | None, x: Tensor) -> int | None:
+    return None if threshold is None else cpu.threshold_bits(threshold, x.dtype)
 
 
 def _window(x: Tensor, key: Tensor, row: Tensor, element: Tensor) -> Window:
     rows = x.shape[0]
     return Window(int(key), int(row), rows, int(element), x.numel() // max(rows, 1))
-
-
-def _kept(x: Tensor, threshold: float) -> Tensor:
-    signed = cpu.SIGNED[x.dtype.itemsize]
-    return (x.view(signed) & torch.iinfo(signed).max) < cpu.threshold_bits(threshold, x.dtype)
