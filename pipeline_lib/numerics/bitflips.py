@@ -11,6 +11,7 @@ draws the mask again over the saved input, unless forward saw (on a CPU) that no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,23 @@ from pipeline_lib.numerics.philox import int64
 __all__ = ["FlipPlan", "flip", "flip_", "make_plan", "plan_for"]
 
 
-def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: float | None = None) -> FlipPlan:
+def plan_for(
+    dtype: torch.dtype,
+    p: float,
+    p_exp: float | None = None,
+    p_frac: float | None = None,
+    p_bits: Mapping[int, float] | None = None,
+) -> FlipPlan:
     """The plan for a dtype: every bit flips with `p`, but sign and exponent bits of floats with `p_exp` if given,
-    and fraction bits with `p_frac` if given.
+    fraction bits with `p_frac` if given, and each bit in `p_bits` (0 is the least significant) with its own.
 
     Raises:
         UserError: a probability outside [0, 1] or in (0, 2^-50).
-        ValueError: a dtype that is no integer of 8, 16 or 32 bits, float32, float16 or bfloat16.
+        ValueError: a dtype that is no integer of 8, 16 or 32 bits, float32, float16 or bfloat16; a bit that it has not.
     """
+    if p_bits:
+        plan = plan_for(dtype, p, p_exp, p_frac)
+        return _plan_by_bit(plan, {int(bit): float(own) for bit, own in p_bits.items()})
     if dtype.is_floating_point:
         name = str(dtype).removeprefix("torch.")
         return float_plan(name, p if p_exp is None else p_exp, p if p_frac is None else p_frac)
@@ -41,6 +51,18 @@ def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: f
         )
     bits = 8 * dtype.itemsize
     return make_plan(bits, [(2**bits - 1, p)])
+
+
+def _plan_by_bit(plan: FlipPlan, p_bits: dict[int, float]) -> FlipPlan:
+    if not all(0 <= bit < plan.bits for bit in p_bits):
+        raise ValueError(f"an element of {plan.bits} bits has no bit {max(p_bits)}")
+    by_bit = {
+        bit: p for mask, p in zip(plan.masks, plan.probabilities, strict=True) for bit in range(32) if mask >> bit & 1
+    }
+    groups: dict[float, int] = {}
+    for bit, p in sorted((by_bit | p_bits).items()):
+        groups[p] = groups.get(p, 0) | 1 << bit
+    return make_plan(plan.bits, [(mask, p) for p, mask in sorted(groups.items())])
 
 
 def flip(

@@ -3,7 +3,7 @@
 One program flips one tile of one row: it copies the tile with the constant and dense parts, waits, and then toggles the
 sparse hits by atomic XOR on the 32-bit words of the output. No tile but its own is written, except that a word may
 straddle two tiles where rows are not aligned to words; there the neighbour's bytes are toggled by zero. With a gate it
-then reads its tile back from the L2 cache and zeroes it, or the gradient, where the flipped value reaches the threshold.
+then reads its tile back from the L2 cache and zeroes it, or the gradient, where the flipped value is not below it.
 
 Both groups of bits, copy and gate are one launch. Nothing is tuned: a launch is specialised on the plan's shape, the
 width of elements, whether rows are multiples of 16 elements and whether the input is strided, never on a step.
@@ -202,7 +202,7 @@ def _flip_kernel(
         value ^= constant.to(x.dtype.element_ty)
         if K > 0:
             value ^= _elements_of(_dense_words(digits, c0, c1, k0, k1, K, TW), BITS, TW).to(x.dtype.element_ty)
-        if GATE:
+        if GATE:  # noqa: SIM102 (a constant: without a gate the rest is not compiled)
             if hits == 0:  # the value is final
                 chosen = value
                 if GATE == 2:
@@ -217,7 +217,7 @@ def _flip_kernel(
         )  # fmt: skip
         mask = tl.load(masks + c).to(tl.uint32)
         _sparse(words, count, mask, (c if c < 2 else c + 1) << 28, c0, c1, k0, k1, first, low, high, Q, BITS)
-    if GATE and COMPONENTS > 0:
+    if GATE and COMPONENTS > 0:  # noqa: SIM102
         if hits > 0:
             tl.debug_barrier()
             # From L2, where the atomics are: L1 may still hold what was stored before them.
@@ -286,9 +286,10 @@ def launch(
     in_place = out.data_ptr() == x.data_ptr()
     strides = _strides(x)
     assert strides is not None, "copy it before"
+    chosen = out if gradient is None else gradient
     _flip_kernel[(rows * tiles,)](
-        x.view(signed), out.view(signed), words, (out if gradient is None else gradient).view(signed), key, row, element,
-        elements, tiles, *strides, -1 if gate is None else gate, **_tables(plan, x.device),
+        x.view(signed), out.view(signed), words, chosen.view(signed), key, row, element, elements, tiles, *strides,
+        -1 if gate is None else gate, **_tables(plan, x.device),
         COPY=bool(plan.constant) or not in_place or gate is not None,
         GATE=0 if gate is None else 1 if gradient is None else 2, STRIDED=not x.is_contiguous(), Q=128, TW=TILE_WORDS,
     )  # fmt: skip

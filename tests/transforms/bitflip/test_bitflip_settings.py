@@ -45,7 +45,8 @@ def test_settings_survive_a_spec() -> None:
     }
     settings = Settings.model_validate(given)
     assert Settings.model_validate(settings.semantic()) == settings
-    assert settings.semantic()["weight"] == {"p": 1e-3, "p_exp": None, "p_frac": None, "zero_out": 1.25}
+    expected = {"p": 1e-3, "p_exp": None, "p_frac": None, "p_bits": None, "zero_out": 1.25}
+    assert settings.semantic()["weight"] == {**expected, "stuck_at_0": 0.0, "stuck_at_1": 0.0}
 
 
 def test_settings_are_read_without_torch() -> None:
