@@ -267,6 +267,8 @@ def launch(
     plan: FlipPlan,
     gate: int | None = None,
     gradient: Tensor | None = None,
+    warps: int = 4,
+    calls: int = 128,
 ) -> None:
     """Flip `x` into `out`.
 
@@ -277,6 +279,7 @@ def launch(
         key, row, element: 0-d int64, on the device of `x`.
         gate: bit pattern of the zero-out threshold; None for no gate.
         gradient: contiguous; what is written where the flipped `x` passes the gate, instead of it.
+        warps: of a program; calls: Philox calls for hits at a time. Both change the speed alone.
     """
     rows = x.shape[0]
     elements = x.numel() // rows
@@ -291,7 +294,8 @@ def launch(
         x.view(signed), out.view(signed), words, chosen.view(signed), key, row, element, elements, tiles, *strides,
         -1 if gate is None else gate, **_tables(plan, x.device),
         COPY=bool(plan.constant) or not in_place or gate is not None,
-        GATE=0 if gate is None else 1 if gradient is None else 2, STRIDED=not x.is_contiguous(), Q=128, TW=TILE_WORDS,
+        GATE=0 if gate is None else 1 if gradient is None else 2, STRIDED=not x.is_contiguous(), Q=calls, TW=TILE_WORDS,
+        num_warps=warps,
     )  # fmt: skip
 
 
