@@ -4,7 +4,7 @@
 
 The naive form is `x ^ ((rand(n, 16) < p) << k).sum(-1)`, in 16-bit integers (64-bit ones take it five times as long);
 its time does not depend on p, so it runs once a round at p = 2^-10. `flip` is ours as a user calls it, into new memory,
-as the naive form is. `into` writes into memory that was there, and is compared with `copy_` into that memory; `in place`
+as the naive form is. `into` writes into memory that was there, compared with `copy_` into that memory; `in place`
 is `flip_`. Rounds are interleaved; a figure is the median over rounds, a ratio the median of the ratios within rounds.
 Each time is the shortest of `repeats` calls in a row. Prints a table and writes benchmarks/bitflip_cpu.json.
 

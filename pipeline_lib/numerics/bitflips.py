@@ -11,6 +11,7 @@ draws the mask again over the saved input, unless forward saw (on a CPU) that no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def flip(
     """`x` with random bits flipped, in new memory (contiguous); `x` itself if nothing can change.
 
     Args:
-        x: [rows, elements...], any stride; row i is row `first_row` + i of the stream.
+        x: [rows, elements...], any stride, also a DTensor; row i is row `first_row` + i of the stream.
         plan: for elements of the width of `x`, from `plan_for` or `make_plan`.
         key: 0-d int64, from `streams.step_key`.
         first_row: 0-d int64 or int.
@@ -92,6 +93,11 @@ def flip(
         return x
     row = first_row if isinstance(first_row, Tensor) else int64(first_row, key)
     element = first_element if isinstance(first_element, Tensor) else int64(first_element, key)
+    if type(x) is not Tensor and "torch.distributed.tensor" in sys.modules:
+        from pipeline_lib.numerics.flip_sharded import DTensor, flip_sharded
+
+        if isinstance(x, DTensor):
+            return flip_sharded(x, plan, key, row, element, threshold)
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
         return _flip_op(x, key, row, element, plan.bits, plan.masks, plan.probabilities, threshold)
     # Eager: the same two functions without the 50 µs that a Python-defined operator costs at each call.
@@ -106,7 +112,8 @@ def flip_(
 ) -> Tensor:
     """Flip the bits of `x` [rows, elements...] in place and return it; the same call again restores it bit for bit.
 
-    Not recorded by autograd: whoever flips a parameter in place flips it back before anyone else reads it.
+    Not recorded by autograd: whoever flips a parameter in place flips it back before anyone else reads it. Not for
+    DTensors.
     """
     _check(x, plan, None)
     if plan.is_identity or x.numel() == 0:
