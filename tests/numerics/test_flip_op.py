@@ -178,6 +178,23 @@ def test_the_operator_is_registered_soundly(threshold: float | None) -> None:
     torch.library.opcheck(bitflips._flip_op, args)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_gradient_operator_is_registered_soundly(dtype: torch.dtype) -> None:
+    x, grad = (torch.randn(2, 30, 4).to(dtype).transpose(1, 2) for _ in range(2))
+    plan = plan_for(dtype, 0.05, 0.01)
+    zero = torch.tensor(0)
+    args = (grad.requires_grad_(), x, KEY, zero, zero, plan.bits, list(plan.masks), list(plan.probabilities), 1.0)
+    torch.library.opcheck(bitflips._flip_gradient_op, args)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_backward_without_any_flip(threshold: float | None) -> None:
+    x = torch.tensor([[0.5, -2.0]], requires_grad=True)
+    flip(x, plan_for(torch.float32, 0), KEY, threshold=threshold).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1.0, 1.0 if threshold is None else 0.0]]
+
+
 def test_fake_and_meta_tensors() -> None:
     meta = torch.randn(2, 3, 4, device="meta").transpose(1, 2)
     y = flip(meta, PLANS[0], torch.tensor(1, device="meta"))
