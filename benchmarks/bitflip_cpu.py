@@ -14,6 +14,7 @@ Goals: 100 times the naive form at p = 2^-10, 20 times at 1/2, 5 times everywher
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -120,8 +121,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    load = [round(os.getloadavg()[0], 1)]
     rows = measure(1 << arguments.log2_elements, arguments.rounds, arguments.repeats, PROBABILITIES)
-    write("bitflip_cpu", {"settings": vars(arguments)}, rows)
+    load.append(round(os.getloadavg()[0], 1))
+    write("bitflip_cpu", {"settings": vars(arguments), "load average before and after": load}, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The base of every settings class, and the mark that keeps a field out of fingerprints."""
+"""The base of every settings class, and the marks that keep a field out of fingerprints."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def operational(default: Any, description: str, **constraints: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
 
 
+def later(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that came when results existed without it: left out of the fingerprint at its default, so that they stay
+    what they are."""
+    return Field(default, description=description, json_schema_extra={"later": True}, **constraints)
+
+
 def _prune(value: Any) -> Any:
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
-        return {name: _prune(getattr(value, name)) for name in fields if not _is_operational(fields[name])}
+        kept = (name for name, field in fields.items() if not _is_left_out(field, getattr(value, name)))
+        return {name: _prune(getattr(value, name)) for name in kept}
     if isinstance(value, dict):
         return {key: _prune(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -37,6 +44,8 @@ def _prune(value: Any) -> Any:
     return value
 
 
-def _is_operational(field: Any) -> bool:
+def _is_left_out(field: Any, value: Any) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("operational"))
+    if not isinstance(extra, dict):
+        return False
+    return bool(extra.get("operational")) or bool(extra.get("later") and value == field.default)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline_lib.numerics import flip_kernel
+from pipeline_lib.numerics import flip_kernel, flip_triton
 from pipeline_lib.numerics.bitflips import flip, make_plan, plan_for
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.streams import _STEP_TAG, site_key, step_key
@@ -87,7 +87,7 @@ def check_strides() -> None:
 
 @triton.jit
 def _places(out, program, tiles, elements, start, TE: tl.constexpr):
-    row, tile, low, high, first = flip_kernel._tile_of(tl.load(program), tiles, elements, tl.load(start), TE)
+    row, tile, low, high, first = flip_triton._tile_of(tl.load(program), tiles, elements, tl.load(start), TE)
     tl.store(out, row)
     tl.store(out + 1, tile)
     tl.store(out + 2, low)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_lib.numerics import flip_cpu, flip_native
+from pipeline_lib.numerics import flip_cpu, flip_native, flip_source
 from pipeline_lib.numerics.bitflips import plan_for
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.flip_reference import Window, flip_array
@@ -123,7 +123,7 @@ def test_the_build_is_cached_and_clones_change_nothing(
 
 def test_a_mutant_with_nine_rounds_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(flip_native, "_SOURCE", flip_native._SOURCE.replace("round < 10", "round < 9"))
+    monkeypatch.setattr(flip_source, "C", flip_source.C.replace("round < 10", "round < 9"))
     flip_native._library.cache_clear()
     try:
         with pytest.raises(AssertionError):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.config.base import later
 from pipeline_lib.numerics.flip_plan import probability_problem
 from pipeline_lib.transforms.patterns import SitePatterns, merge
 
@@ -49,7 +50,7 @@ class Operand(Base):
     p_frac: Probability | None = Field(
         default=None, description="instead of p, for the fraction bits of a floating-point operand; null: as p"
     )
-    p_bits: dict[str, Probability] | None = Field(
+    p_bits: dict[str, Probability] | None = later(
         default=None,
         description="instead of the above, for single bits: {number of the bit, 0 the least significant: probability}, "
         "as in {15: 1e-3, 14: 0} for the sign and the highest exponent bit of bfloat16; null: none",
@@ -89,11 +90,11 @@ class Operand(Base):
 class Memory(Operand):
     """What happens to an operand that stays in its memory: beside transient flips, bits that are stuck for good."""
 
-    stuck_at_0: Probability = Field(
+    stuck_at_0: Probability = later(
         default=0.0,
         description="probability that a bit of the memory always reads as 0; drawn once for a chip, by chip_seed",
     )
-    stuck_at_1: Probability = Field(
+    stuck_at_1: Probability = later(
         default=0.0, description="probability that a bit always reads as 1; stuck_at_0 + stuck_at_1 is at most 1"
     )
 
@@ -125,12 +126,12 @@ class Settings(Base):
     input: Operand = Field(
         default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, p_bits, zero_out"
     )
-    shared_input: bool = Field(
+    shared_input: bool = later(
         default=False,
         description="whether query, key and value (and gate and up) read their input from one memory, so that its "
         "faults are drawn once and are the same for them; false: each layer has its own copy and faults",
     )
-    chip_seed: int = Field(
+    chip_seed: int = later(
         default=0,
         ge=0,
         description="seed of the stuck bits: the chip. Another seed is another chip; seed and step change nothing",
