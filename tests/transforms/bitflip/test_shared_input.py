@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transform_toys.models import logits, materialise, titan
 
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.models.naming import canonical_titan
 from pipeline_lib.transforms import bitflip as package
 from pipeline_lib.transforms.apply import Applied, apply
 from pipeline_lib.transforms.bitflip.faults import BitFlips
@@ -105,6 +107,19 @@ def test_fewer_tensors_are_saved_for_backward() -> None:
     one, own = saved(shared()), saved(shared(shared_input=False))
     a_copy = TOKENS.numel() * 48 * 4
     assert own - one >= 2 * 3 * a_copy, "q, k and v save one flipped input instead of three, gate and up instead of two"
+
+
+def test_torchtitan_models_have_the_same_groups() -> None:
+    torch.manual_seed(0)
+    torchtitan = titan()
+    entry = {"type": "bitflip", "input": INPUT, "shared_input": True}
+    applied = apply(torchtitan, [entry], seed=1, canonical=canonical_titan, global_batch=8)
+    materialise(torchtitan)
+    applied.prepare()
+    applied.context.begin(0, 0)
+    around = [type(module).__name__ for module in torchtitan.modules() if module._forward_pre_hooks]
+    assert around == ["Attention", "FeedForward"] * (len(around) // 2) != []
+    logits(torchtitan, torch.ones(8, 12, dtype=torch.int64)).sum().backward()
 
 
 def test_removal_restores_the_model() -> None:
