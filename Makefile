@@ -31,7 +31,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .snakemake
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
-BENCHMARKS := planning startup sweep nano_training bitflip_step
+BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu
 STUDIES := study-robustness study-kills study-defences
 
 .PHONY: bench chaos $(STUDIES)

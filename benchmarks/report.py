@@ -15,6 +15,11 @@ INTRODUCTION = """# Benchmarks
 Made by `make bench`, from the JSON files beside this page; each script says what it measures and how.
 Every ratio compares runs of one machine, taken in turn.
 """
+UNMEASURED = """## bitflip_gpu
+
+The speed of bit flips on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
+`pip install mase-triton==0.0.7` and then `python -m benchmarks.bitflip_gpu` measure it and write the table here.
+"""
 
 
 def machine() -> dict[str, Any]:
@@ -41,8 +46,10 @@ def write(name: str, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Non
 
 
 def page() -> str:
-    """README.md: the table of every JSON file here, from the files alone."""
-    return "\n".join([INTRODUCTION, *(_section(path) for path in sorted(FOLDER.glob("*.json")))])
+    """README.md: the table of every JSON file here, from the files alone, and what is not measured."""
+    measured = [_section(path) for path in sorted(FOLDER.glob("*.json"))]
+    missing = [] if (FOLDER / "bitflip_gpu.json").exists() else [UNMEASURED]
+    return "\n".join([INTRODUCTION, *measured, *missing])
 
 
 def _section(path: Path) -> str:

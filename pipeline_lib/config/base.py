@@ -1,4 +1,4 @@
-"""The base of every settings class, and the mark that keeps a field out of fingerprints."""
+"""The base of every settings class, and the marks that keep a field out of fingerprints."""
 
 from __future__ import annotations
 

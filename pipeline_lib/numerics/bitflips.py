@@ -1,16 +1,18 @@
 """Independent random bit flips of tensors of any 8-, 16- or 32-bit dtype, as a differentiable operation.
 
-The definition of the stream stands in `flip_reference`, the probabilities in `flip_plan`. On a CPU the numpy reference
-runs, on CUDA the Triton kernel of `flip_kernel`, which gives the same bits.
+The definition of the stream stands in `flip_reference`, the probabilities in `flip_plan`. On a CPU the C kernel of
+`flip_native` runs, on CUDA the Triton kernel of `flip_kernel`; both give the same bits.
 
 With a zero-out threshold t an element x' after the flips is kept where |x'| < t and becomes 0 elsewhere, so NaN and
 infinity become 0; this holds for all elements, flipped or not. The gradient passes straight through the flips, and
 through the gate where the element was kept. No mask is stored: without a threshold backward needs nothing; with one it
-draws the mask again and applies it to the saved input, unless so few elements were zeroed that it remembers those.
+draws the mask again over the saved input, unless forward saw (on a CPU) that nothing was zeroed.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +25,24 @@ from pipeline_lib.numerics.philox import int64
 
 __all__ = ["FlipPlan", "flip", "flip_", "make_plan", "plan_for"]
 
-_FEW = 64  # backward remembers which elements were zeroed out if they are fewer than 1 in 64, else it draws again
 
-
-def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: float | None = None) -> FlipPlan:
+def plan_for(
+    dtype: torch.dtype,
+    p: float,
+    p_exp: float | None = None,
+    p_frac: float | None = None,
+    p_bits: Mapping[int, float] | None = None,
+) -> FlipPlan:
     """The plan for a dtype: every bit flips with `p`, but sign and exponent bits of floats with `p_exp` if given,
-    and fraction bits with `p_frac` if given.
+    fraction bits with `p_frac` if given, and each bit in `p_bits` (0 is the least significant) with its own.
 
     Raises:
         UserError: a probability outside [0, 1] or in (0, 2^-50).
-        ValueError: a dtype that is no integer of 8, 16 or 32 bits, float32, float16 or bfloat16.
+        ValueError: a dtype that is no integer of 8, 16 or 32 bits, float32, float16 or bfloat16; a bit that it has not.
     """
+    if p_bits:
+        plan = plan_for(dtype, p, p_exp, p_frac)
+        return _plan_by_bit(plan, {int(bit): float(own) for bit, own in p_bits.items()})
     if dtype.is_floating_point:
         name = str(dtype).removeprefix("torch.")
         return float_plan(name, p if p_exp is None else p_exp, p if p_frac is None else p_frac)
@@ -43,6 +52,18 @@ def plan_for(dtype: torch.dtype, p: float, p_exp: float | None = None, p_frac: f
         )
     bits = 8 * dtype.itemsize
     return make_plan(bits, [(2**bits - 1, p)])
+
+
+def _plan_by_bit(plan: FlipPlan, p_bits: dict[int, float]) -> FlipPlan:
+    if not all(0 <= bit < plan.bits for bit in p_bits):
+        raise ValueError(f"an element of {plan.bits} bits has no bit {max(p_bits)}")
+    by_bit = {
+        bit: p for mask, p in zip(plan.masks, plan.probabilities, strict=True) for bit in range(32) if mask >> bit & 1
+    }
+    groups: dict[float, int] = {}
+    for bit, p in sorted((by_bit | p_bits).items()):
+        groups[p] = groups.get(p, 0) | 1 << bit
+    return make_plan(plan.bits, [(mask, p) for p, mask in sorted(groups.items())])
 
 
 def flip(
@@ -57,7 +78,7 @@ def flip(
     """`x` with random bits flipped, in new memory (contiguous); `x` itself if nothing can change.
 
     Args:
-        x: [rows, elements...], any stride; row i is row `first_row` + i of the stream.
+        x: [rows, elements...], any stride, also a DTensor; row i is row `first_row` + i of the stream.
         plan: for elements of the width of `x`, from `plan_for` or `make_plan`.
         key: 0-d int64, from `streams.step_key`.
         first_row: 0-d int64 or int.
@@ -72,6 +93,11 @@ def flip(
         return x
     row = first_row if isinstance(first_row, Tensor) else int64(first_row, key)
     element = first_element if isinstance(first_element, Tensor) else int64(first_element, key)
+    if type(x) is not Tensor and "torch.distributed.tensor" in sys.modules:
+        from pipeline_lib.numerics.flip_sharded import DTensor, flip_sharded
+
+        if isinstance(x, DTensor):
+            return flip_sharded(x, plan, key, row, element, threshold)
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
         return _flip_op(x, key, row, element, plan.bits, plan.masks, plan.probabilities, threshold)
     # Eager: the same two functions without the 50 µs that a Python-defined operator costs at each call.
@@ -86,7 +112,8 @@ def flip_(
 ) -> Tensor:
     """Flip the bits of `x` [rows, elements...] in place and return it; the same call again restores it bit for bit.
 
-    Not recorded by autograd: whoever flips a parameter in place flips it back before anyone else reads it.
+    Not recorded by autograd: whoever flips a parameter in place flips it back before anyone else reads it. Not for
+    DTensors.
     """
     _check(x, plan, None)
     if plan.is_identity or x.numel() == 0:
@@ -122,25 +149,36 @@ class _Flip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float | None
     ) -> Tensor:
-        ctx.plan, ctx.threshold, ctx.dropped = plan, threshold, None
-        if threshold is None or x.device.type == "cuda":
+        ctx.plan, ctx.threshold, ctx.dropped = plan, threshold, True
+        if x.device.type == "cuda":
             out = _flipped(x, key, row, element, plan, threshold)
         else:
-            out, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
-            if dropped.size <= x.numel() // _FEW:
-                ctx.dropped = dropped
-        if threshold is not None:  # also with `dropped`: checkpointing wants the same number every time
+            out, ctx.dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
+        if threshold is not None:  # also if nothing was zeroed: checkpointing wants the same number every time
             ctx.save_for_backward(x, key, row, element)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.dropped is not None:
-            grad = cpu.without(grad, ctx.dropped) if ctx.dropped.size else grad
-        elif ctx.threshold is not None:
-            x, key, row, element = ctx.saved_tensors
-            grad = _gated_gradient(grad, x, key, row, element, ctx.plan, ctx.threshold)
+        if ctx.threshold is not None and ctx.dropped:
+            grad = _Gate.apply(grad, *ctx.saved_tensors, ctx.plan, ctx.threshold)  # type: ignore[assignment]
         return grad, None, None, None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    """The gradient's way through the gate, which is linear: its own derivative is the same gate."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float
+    ) -> Tensor:
+        ctx.plan, ctx.threshold = plan, threshold
+        ctx.save_for_backward(x, key, row, element)
+        return _gated_gradient(grad, x, key, row, element, plan, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gate.apply(grad, *ctx.saved_tensors, ctx.plan, ctx.threshold), *(None,) * 6  # type: ignore[return-value]
 
 
 @torch.library.custom_op("errata::flip", mutates_args=())
@@ -199,6 +237,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _flip_op.register_autograd(_backward, setup_context=_save)
 
 
+def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, key, row, element, *ctx.others = inputs
+    ctx.save_for_backward(x, key, row, element)
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _flip_gradient_op(grad, *ctx.saved_tensors, *ctx.others), *(None,) * 8
+
+
+_flip_gradient_op.register_autograd(_gate_backward, setup_context=_save_gate)
+
+
 def _plan(bits: int, masks: list[int], probabilities: list[float]) -> FlipPlan:
     return make_plan(bits, list(zip(masks, probabilities, strict=True)))
 
@@ -208,8 +258,7 @@ def _flipped(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPla
     if x.device.type == "cuda":
         from pipeline_lib.numerics.flip_kernel import flip_cuda
 
-        out = flip_cuda(x, key, row, element, plan)
-        return out if threshold is None else torch.where(_kept(out, threshold), out, 0)
+        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x))
     return cpu.flipped(x, _window(x, key, row, element), plan, threshold)[0]
 
 
@@ -218,16 +267,16 @@ def _gated_gradient(
 ) -> Tensor:
     """Backward on real tensors: the mask is drawn again."""
     if x.device.type == "cuda":
-        return torch.where(_kept(_flipped(x, key, row, element, plan, None), threshold), grad.contiguous(), 0)
-    _, dropped = cpu.flipped(x, _window(x, key, row, element), plan, threshold)
-    return cpu.without(grad, dropped)
+        from pipeline_lib.numerics.flip_kernel import flip_cuda
+
+        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x), grad)
+    return cpu.gated_gradient(grad, x, _window(x, key, row, element), plan, threshold)
+
+
+def _gate_bits(threshold: float | None, x: Tensor) -> int | None:
+    return None if threshold is None else cpu.threshold_bits(threshold, x.dtype)
 
 
 def _window(x: Tensor, key: Tensor, row: Tensor, element: Tensor) -> Window:
     rows = x.shape[0]
     return Window(int(key), int(row), rows, int(element), x.numel() // max(rows, 1))
-
-
-def _kept(x: Tensor, threshold: float) -> Tensor:
-    signed = cpu.SIGNED[x.dtype.itemsize]
-    return (x.view(signed) & torch.iinfo(signed).max) < cpu.threshold_bits(threshold, x.dtype)

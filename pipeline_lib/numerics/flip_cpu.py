@@ -1,4 +1,4 @@
-"""Bit flips and the zero-out gate on CPU tensors: the reference on their memory."""
+"""Bit flips and the zero-out gate on CPU tensors: the C kernel, or where it cannot be built the numpy reference."""
 
 from __future__ import annotations
 
@@ -9,40 +9,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline_lib.numerics import flip_native as native
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.flip_reference import Window, flip_array
 
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_NONE = np.zeros(0, np.int64)
 
 
-def flipped(x: Tensor, window: Window, plan: FlipPlan, threshold: float | None) -> tuple[Tensor, np.ndarray]:
-    """A contiguous copy of `x` with flips and gate, and the flat indices of the elements that the gate zeroed."""
+def flipped(x: Tensor, window: Window, plan: FlipPlan, threshold: float | None) -> tuple[Tensor, bool]:
+    """A contiguous copy of `x` with flips and gate, and whether the gate zeroed any element."""
     x = x.detach()
-    out = x.clone(memory_format=torch.contiguous_format)
-    if out.numel() == 0:
-        return out, _NONE
-    bits = _bits(out)
-    touched = flip_array(bits, plan, window)
-    if threshold is None:
-        return out, _NONE
-    if touched is not None and _all_below(x, threshold):  # then only a flip can have reached the threshold
-        dropped = touched[_reaches(bits[touched], threshold, x.dtype)]
-    else:
-        dropped = np.flatnonzero(_reaches(bits, threshold, x.dtype))
+    out = x.clone(memory_format=torch.contiguous_format) if not x.is_contiguous() else torch.empty_like(x)
+    gate = None if threshold is None else threshold_bits(threshold, x.dtype)
+    source = x if x.is_contiguous() else out
+    if native.is_available():
+        return out, native.flip_memory(source.data_ptr(), out.data_ptr(), plan, window, gate)
+    bits = _bits(out.copy_(source))
+    flip_array(bits, plan, window)
+    if gate is None:
+        return out, False
+    dropped = _reaches(bits, gate)
     bits[dropped] = 0
-    return out, dropped
+    return out, bool(dropped.any())
 
 
 def flip_in_place(x: Tensor, window: Window, plan: FlipPlan) -> None:
     """Flip contiguous `x` in place."""
-    flip_array(_bits(x), plan, window)
+    if native.is_available():
+        native.flip_memory(x.data_ptr(), x.data_ptr(), plan, window)
+    else:
+        flip_array(_bits(x), plan, window)
 
 
-def without(x: Tensor, dropped: np.ndarray) -> Tensor:
-    """A contiguous copy of `x` with zeros at flat indices; differentiable."""
-    return x.reshape(-1).index_fill(0, torch.from_numpy(dropped), 0).view(x.shape)
+def gated_gradient(grad: Tensor, x: Tensor, window: Window, plan: FlipPlan, threshold: float) -> Tensor:
+    """A contiguous `grad`, zero where the gate zeroes `x` after its flips, which are drawn again."""
+    grad, x = grad.detach().contiguous(), x.detach().contiguous()
+    gate = threshold_bits(threshold, x.dtype)
+    out = torch.empty_like(grad)
+    if native.is_available():
+        native.flip_memory(x.data_ptr(), out.data_ptr(), plan, window, gate, grad.data_ptr())
+    else:
+        flips = x.clone()
+        flip_array(_bits(flips), plan, window)
+        _bits(out.copy_(grad))[_reaches(_bits(flips), gate)] = 0
+    return out
 
 
 def _bits(x: Tensor) -> np.ndarray:
@@ -51,15 +62,9 @@ def _bits(x: Tensor) -> np.ndarray:
     return x.view(SIGNED[size]).numpy().reshape(-1).view(_UNSIGNED[size])
 
 
-def _all_below(x: Tensor, threshold: float) -> bool:
-    low, high = torch.aminmax(x)
-    return -threshold < float(low) and float(high) < threshold  # NaN compares false
-
-
-def _reaches(bits: np.ndarray, threshold: float, dtype: torch.dtype) -> np.ndarray:
+def _reaches(bits: np.ndarray, gate: int) -> np.ndarray:
     """Where not |x'| < threshold: non-negative floats are ordered like their bits, infinity and then NaN above all."""
-    magnitude = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
-    return magnitude >= bits.dtype.type(threshold_bits(threshold, dtype))
+    return (bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)) >= bits.dtype.type(gate)
 
 
 @lru_cache(maxsize=256)

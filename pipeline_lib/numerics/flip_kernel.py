@@ -2,13 +2,16 @@
 
 One program flips one tile of one row: it copies the tile with the constant and dense parts, waits, and then toggles the
 sparse hits by atomic XOR on the 32-bit words of the output. No tile but its own is written, except that a word may
-straddle two tiles where rows are not aligned to words; there the neighbour's bytes are toggled by zero.
+straddle two tiles where rows are not aligned to words; there the neighbour's bytes are toggled by zero. With a gate it
+then reads its tile back from the L2 cache and zeroes it, or the gradient, where the flipped value is not below it.
+
+Both groups of bits, copy and gate are one launch. Nothing is tuned: a launch is specialised on the plan's shape, the
+width of elements, whether rows are multiples of 16 elements and whether the input is strided, never on a step.
 
 Imported only where it is used: by CUDA tensors, and by tests under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # (kernels are Python that Triton compiles; a type checker sees only their surface)
 
 from __future__ import annotations
@@ -18,137 +21,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from pipeline_lib.numerics.flip_plan import TILE_WORDS, FlipPlan
+from pipeline_lib.numerics.flip_triton import _flip_kernel, _step_key_kernel
 from pipeline_lib.numerics.philox import as_signed
 
 _SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
-    for _ in tl.static_range(10):
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = product1.to(tl.uint32)
-        c3 = product0.to(tl.uint32)
-        k0 = k0 + tl.full((), 0x9E3779B9, tl.uint32)
-        k1 = k1 + tl.full((), 0xBB67AE85, tl.uint32)
-    return c0, c1, c2, c3
-
-
-@triton.jit(do_not_specialize=["site_key", "tag"])
-def _step_key_kernel(out, step, site_key, tag):
-    at = tl.load(step)
-    zero = tl.full((), 0, tl.uint32)
-    site = tl.full((), 0, tl.int64) + site_key
-    k0, k1 = site.to(tl.uint32), (site >> 32).to(tl.uint32)
-    w0, w1, _, _ = _philox(at.to(tl.uint32), (at >> 32).to(tl.uint32), zero, zero + tag.to(tl.uint32), k0, k1)
-    tl.store(out, (w0.to(tl.uint64) | (w1.to(tl.uint64) << 32)).to(tl.int64, bitcast=True))
-
-
-@triton.jit
-def _toggle(words, word, hit, count, first, low, high, mask, BITS: tl.constexpr):
-    # `first`: flat index of the tile's element 0; [low, high): the elements of the tile that the tensor covers.
-    position = (word & 0x1FFFF).to(tl.int32)
-    element = position // BITS
-    bit = position % BITS
-    chosen = ((tl.full((), 1, tl.uint32) << bit.to(tl.uint32)) & mask) != 0
-    inside = (hit < count) & (element >= low) & (element < high) & chosen
-    # `first` may be negative (a tensor that starts inside a tile), an address inside the tensor is not.
-    flat = tl.where(inside, first + element, 0)
-    shift = (flat % (32 // BITS)).to(tl.int32) * BITS + bit
-    toggled = (tl.full((), 1, tl.uint32) << shift.to(tl.uint32)).to(tl.int32, bitcast=True)
-    tl.atomic_xor(words + flat // (32 // BITS), toggled, mask=inside, sem="relaxed")
-
-
-@triton.jit
-def _sparse(
-    words, table, base, length, mask, tag: tl.constexpr, tile, row, k0, k1, first, low, high,
-    LENGTH: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    zero = tl.full((), 0, tl.uint32)
-    c3 = tl.full((), tag, tl.uint32)
-    w0, w1, _, _ = _philox(tile, row, zero, c3, k0, k1)
-    # Thresholds are stored with the top bit flipped, so that a signed comparison orders them.
-    u = ((w0.to(tl.uint64) | (w1.to(tl.uint64) << 32)) ^ 0x8000000000000000).to(tl.int64, bitcast=True)
-    j = tl.arange(0, LENGTH)
-    threshold = tl.load(table + j, mask=j < length, other=0)
-    count = base + tl.sum(((u >= threshold) & (j < length)).to(tl.int32), 0)
-    lanes = tl.zeros([Q], tl.uint32)
-    for call0 in range(0, (count + 3) // 4, Q):
-        call = call0 + tl.arange(0, Q)
-        h0, h1, h2, h3 = _philox(tile + lanes, row + lanes, (call + 1).to(tl.uint32), c3 + lanes, k0, k1)
-        _toggle(words, h0, call * 4, count, first, low, high, mask, BITS)
-        _toggle(words, h1, call * 4 + 1, count, first, low, high, mask, BITS)
-        _toggle(words, h2, call * 4 + 2, count, first, low, high, mask, BITS)
-        _toggle(words, h3, call * 4 + 3, count, first, low, high, mask, BITS)
-
-
-@triton.jit
-def _dense_words(digits, tile, row, k0, k1, K: tl.constexpr, TW: tl.constexpr):
-    call = tl.arange(0, TW // 4).to(tl.uint32)
-    zero = tl.zeros([TW // 4], tl.uint32)
-    m0 = zero
-    m1 = zero
-    m2 = zero
-    m3 = zero
-    for j in tl.static_range(K):
-        digit = tl.load(digits + j).to(tl.uint32, bitcast=True)
-        r0, r1, r2, r3 = _philox(tile + zero, row + zero, call, zero + ((2 << 28) + j), k0, k1)
-        m0 = (m0 & r0) | (digit & (m0 | r0))
-        m1 = (m1 & r1) | (digit & (m1 | r1))
-        m2 = (m2 & r2) | (digit & (m2 | r2))
-        m3 = (m3 & r3) | (digit & (m3 | r3))
-    return tl.reshape(tl.join(tl.join(m0, m2), tl.join(m1, m3)), [TW])
-
-
-@triton.jit
-def _elements_of(m, BITS: tl.constexpr, TW: tl.constexpr):
-    # Words to elements, those of lower index from the lower bits.
-    if BITS == 32:
-        return m
-    elif BITS == 16:  # noqa: RET505 (Triton compiles only the branch that is taken, and so needs the else)
-        return tl.reshape(tl.join(m & 0xFFFF, m >> 16), [TW * 2])
-    else:
-        low = tl.join(m & 0xFF, (m >> 16) & 0xFF)
-        return tl.reshape(tl.join(low, tl.join((m >> 8) & 0xFF, m >> 24)), [TW * 4])
-
-
-@triton.jit(do_not_specialize=["constant"])
-def _flip_kernel(
-    x, out, words, key, first_row, first_element, elements, tiles, constant, digits, table, bases, lengths, masks,
-    K: tl.constexpr, COMPONENTS: tl.constexpr, LENGTH: tl.constexpr, COPY: tl.constexpr, BITS: tl.constexpr,
-    Q: tl.constexpr, TW: tl.constexpr,
-):  # fmt: skip
-    TE: tl.constexpr = TW * (32 // BITS)  # elements of a tile
-    program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    start = tl.load(first_element)
-    tile = start // TE + program % tiles
-    low = tl.maximum(start - tile * TE, 0)
-    high = tl.minimum(start + elements - tile * TE, TE)
-    first = row * elements + tile * TE - start
-    k = tl.load(key)
-    k0, k1 = k.to(tl.uint32), (k >> 32).to(tl.uint32)
-    c0, c1 = tile.to(tl.uint32), (tl.load(first_row) + row).to(tl.uint32)
-    if (K > 0) or COPY:
-        e = tl.arange(0, TE)
-        inside = (e >= low) & (e < high)
-        value = tl.load(x + first + e, mask=inside, other=0) ^ constant.to(x.dtype.element_ty)
-        if K > 0:
-            value ^= _elements_of(_dense_words(digits, c0, c1, k0, k1, K, TW), BITS, TW).to(x.dtype.element_ty)
-        tl.store(out + first + e, value, mask=inside)
-        tl.debug_barrier()
-    for c in tl.static_range(COMPONENTS):
-        _sparse(
-            words, table + c * LENGTH, tl.load(bases + c), tl.load(lengths + c), tl.load(masks + c).to(tl.uint32),
-            (c if c < 2 else c + 1) << 28, c0, c1, k0, k1, first, low, high, LENGTH, Q, BITS,
-        )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -179,14 +58,29 @@ def _signed32(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
-def launch(x: Tensor, out: Tensor, words: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan) -> None:
+def launch(
+    x: Tensor,
+    out: Tensor,
+    words: Tensor,
+    key: Tensor,
+    row: Tensor,
+    element: Tensor,
+    plan: FlipPlan,
+    gate: int | None = None,
+    gradient: Tensor | None = None,
+    warps: int = 4,
+    calls: int = 128,
+) -> None:
     """Flip `x` into `out`.
 
     Args:
-        x: [rows, elements...] contiguous; viewed as integers of the plan's width.
-        out: like `x`, or `x` itself.
+        x: [rows, elements...], of strides that `_strides` knows; viewed as integers of the plan's width.
+        out: contiguous, or `x` itself.
         words: int32 view of the memory of `out`, up to a whole word.
         key, row, element: 0-d int64, on the device of `x`.
+        gate: bit pattern of the zero-out threshold; None for no gate.
+        gradient: contiguous; what is written where the flipped `x` passes the gate, instead of it.
+        warps: of a program; calls: Philox calls for hits at a time. Both change the speed alone.
     """
     rows = x.shape[0]
     elements = x.numel() // rows
@@ -194,27 +88,69 @@ def launch(x: Tensor, out: Tensor, words: Tensor, key: Tensor, row: Tensor, elem
     tiles = triton.cdiv(elements, TILE_WORDS * 32 // plan.bits) + 1
     signed = _SIGNED[plan.bits]
     in_place = out.data_ptr() == x.data_ptr()
+    strides = _strides(x)
+    assert strides is not None, "copy it before"
+    chosen = out if gradient is None else gradient
     _flip_kernel[(rows * tiles,)](
-        x.view(signed), out.view(signed), words, key, row, element, elements, tiles,
-        **_tables(plan, x.device), COPY=bool(plan.constant) or not in_place, Q=128, TW=TILE_WORDS,
+        x.view(signed), out.view(signed), words, chosen.view(signed), key, row, element, elements, tiles, *strides,
+        -1 if gate is None else gate, **_tables(plan, x.device),
+        COPY=bool(plan.constant) or not in_place or gate is not None,
+        GATE=0 if gate is None else 1 if gradient is None else 2, STRIDED=not x.is_contiguous(), Q=calls, TW=TILE_WORDS,
+        num_warps=warps,
     )  # fmt: skip
 
 
-def flip_into_new(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan) -> Tensor:
-    """A flipped contiguous copy of `x`."""
-    x = x.detach().contiguous()
+def _strides(x: Tensor) -> tuple[int, ...] | None:
+    """(n1, n2, row stride, strides of three dimensions) of x seen as [rows, n0, n1, n2]; None if it takes more."""
+    inner: list[list[int]] = []
+    for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True):
+        if size == 1:
+            continue
+        if inner and inner[-1][1] == size * stride:  # neighbours that lie in memory as one dimension
+            inner[-1] = [inner[-1][0] * size, stride]
+        else:
+            inner.append([size, stride])
+    if len(inner) > 3:
+        return None
+    (_, s0), (n1, s1), (n2, s2) = [[1, 0]] * (3 - len(inner)) + inner
+    return n1, n2, x.stride(0), s0, s1, s2
+
+
+def flip_into_new(
+    x: Tensor,
+    key: Tensor,
+    row: Tensor,
+    element: Tensor,
+    plan: FlipPlan,
+    gate: int | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """A flipped contiguous copy of `x`, gated, or the gated gradient: see `launch`."""
+    x = x.detach()
+    if _strides(x) is None:
+        x = x.contiguous()
+    if gradient is not None:
+        gradient = gradient.detach().contiguous()
     size = x.numel() * x.element_size()
     words = torch.empty(triton.cdiv(size, 4), dtype=torch.int32, device=x.device)
     out = words.view(torch.int8)[:size].view(x.dtype).view(x.shape)
     if x.numel():
-        launch(x, out, words, key, row, element, plan)
+        launch(x, out, words, key, row, element, plan, gate, gradient)
     return out
 
 
-def flip_cuda(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan) -> Tensor:
+def flip_cuda(
+    x: Tensor,
+    key: Tensor,
+    row: Tensor,
+    element: Tensor,
+    plan: FlipPlan,
+    gate: int | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
     """`flip_into_new` on the device of `x`."""
     with torch.cuda.device(x.device):
-        return flip_into_new(x, *(t.to(x.device) for t in (key, row, element)), plan)
+        return flip_into_new(x, *(t.to(x.device) for t in (key, row, element)), plan, gate, gradient)
 
 
 def flip_cuda_(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan) -> None:

@@ -52,11 +52,14 @@ class Draw(NamedTuple):
             virtual device for a weight. `tensor[i]` is row `first_row + i`.
         first_element: 0-d int64, the index within its row of the first element of each `tensor[i]` (not 0 when
             decoding token by token).
+        chip: 0-d int64, the stream of (chip seed, site, role, stored part, entry): the same at every step, for what is
+            drawn once. None unless the fault has a `chip_seed`.
     """
 
     key: Tensor
     first_row: Tensor
     first_element: Tensor
+    chip: Tensor | None = None
 
 
 class Function:
@@ -104,7 +107,17 @@ class Store(Function, ABC):
 
 
 class Fault(Function, ABC):
-    """What happens to a tensor in memory or on the wire."""
+    """What happens to a tensor in memory or on the wire.
+
+    Attributes:
+        chip_seed: seed of what the fault draws once and not at each step (`Draw.chip`); None if there is nothing.
+        one_memory: not None if linear layers that read the same tensor (query, key and value; gate and up) read it from
+            one memory: it is then loaded once for all of them, with the draw of the first. Their faults' values must be
+            equal: it says, in any form, what happens to that input.
+    """
+
+    chip_seed: int | None = None
+    one_memory: str | None = None
 
     @abstractmethod
     def __call__(self, tensor: Tensor, role: str, draw: Draw) -> Tensor:

@@ -51,7 +51,7 @@ class SiteFunctions:
         self.compute = computes[0] if computes else None
         self.faults = [(index, function) for index, function in functions if isinstance(function, Fault)]
         self._streams = {
-            (index, role, part): context.stream(site.name, f"{role}.{part}/{index}")
+            (index, role, part): context.stream(site.name, f"{role}.{part}/{index}", fault.chip_seed)
             for index, fault in self.faults
             for role in sorted(fault.roles)
             for part in self._exposed(role)
@@ -78,6 +78,20 @@ class SiteFunctions:
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""
         return any(role in fault.roles for _, fault in self.faults)
+
+    def one_memory(self) -> list[tuple[int, str | None]]:
+        """What happens to an input that lies in one memory for several linear layers; empty if it does not."""
+        found = [(index, fault.one_memory) for index, fault in self.faults if "input" in fault.roles]
+        if all(said is None for _, said in found):
+            return []
+        if self.store is not None and "input" in self.store.roles:
+            raise UserError(
+                "an input that several layers read from one memory cannot be stored by each of them in its own way",
+                where=self.site.name,
+                value=type(self.store).__name__,
+                fix="set shared_input to false, or exclude the site from the store",
+            )
+        return found
 
     def activation(self, value: Tensor, role: str, first_position: Tensor | int = 0) -> Tensor:
         """`value` as it is loaded.
@@ -161,7 +175,7 @@ class SiteFunctions:
             return stored[WHOLE]
         loaded = self.store.decode(stored, role)
         if self.store.straight_through and value.requires_grad:
-            return _StraightThrough.apply(value, loaded)
+            return StraightThrough.apply(value, loaded)
         return loaded
 
     def _exposed(self, role: str) -> tuple[str, ...]:
@@ -179,7 +193,7 @@ def _has(tensor: Tensor, positions: int) -> bool:
     return tensor.ndim > 1 and tensor.shape[1] == positions
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """loaded forward; backward, the whole gradient to both the value and whatever `loaded` was computed from."""
 
     @staticmethod

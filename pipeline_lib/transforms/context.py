@@ -34,6 +34,8 @@ class FaultContext:
         self.tokens: int | None = None
         self._streams: dict[tuple[str, str], int] = {}
         self._site_keys: list[int] = []
+        self._chips: dict[int, int] = {}  # keys that no step changes, by stream
+        self._chip_keys: dict[int, Tensor] = {}
         self._at_step: int | None = None
         self._keys = torch.zeros(0, dtype=torch.int64)
         self._where: Callable[[], torch.device] = lambda: torch.device("cpu")
@@ -62,10 +64,16 @@ class FaultContext:
         self.seed = seed
         self._at_step = None
 
-    def stream(self, site: str, role: str) -> int:
-        """The number of the stream of (site, role) in this context; the same for the same names."""
+    def stream(self, site: str, role: str, chip_seed: int | None = None) -> int:
+        """The number of the stream of (site, role) in this context; the same for the same names.
+
+        With a chip seed the draws of the stream have the key of its persistent faults, too.
+        """
         self._at_step = None
-        return self._streams.setdefault((site, role), len(self._streams))
+        stream = self._streams.setdefault((site, role), len(self._streams))
+        if chip_seed is not None:
+            self._chips[stream] = site_key(chip_seed, site, f"{role} chip")
+        return stream
 
     def on(self, where: Callable[[], torch.device]) -> None:
         """Put the tensors of the next `begin` on the device that `where` then gives."""
@@ -99,6 +107,7 @@ class FaultContext:
             at = torch.tensor(step, dtype=torch.int64)
             keys = [step_key(key, at) for key in self._site_keys]
             self._keys = torch.stack(keys).to(device) if keys else torch.zeros(0, dtype=torch.int64, device=device)
+            self._chip_keys = {stream: torch.tensor(key, device=device) for stream, key in self._chips.items()}
             self._at_step = step
 
     def move(self, position: int | Tensor, tokens: int | None = None) -> None:
@@ -118,7 +127,7 @@ class FaultContext:
     def activation(self, stream: int, like: Tensor, first_element: Tensor | int = 0) -> Draw:
         """The draw of an activation [sequences, …]."""
         first = torch.as_tensor(first_element, dtype=torch.int64, device=self.step.device)
-        return _on(Draw(self._key(stream), self.first_sequence, first), like.device)
+        return _on(Draw(self._key(stream), self.first_sequence, first, self._chip_keys.get(stream)), like.device)
 
     def weight(self, stream: int, like: Tensor, first_sequence: int = 0) -> Draw:
         """The draw of a weight [1, …] for the virtual device of a sequence of the batch."""
@@ -127,7 +136,8 @@ class FaultContext:
         else:
             sequence = (self.first_sequence + first_sequence) % self.global_batch
             row = sequence * self.fault_devices // self.global_batch
-        return _on(Draw(self._key(stream), row, torch.zeros_like(self.step)), like.device)
+        zero = torch.zeros_like(self.step)
+        return _on(Draw(self._key(stream), row, zero, self._chip_keys.get(stream)), like.device)
 
     def _key(self, stream: int) -> Tensor:
         if stream >= len(self._keys):
@@ -138,4 +148,4 @@ class FaultContext:
 def _on(draw: Draw, device: torch.device) -> Draw:
     if draw.key.device == device or device.type == "meta":
         return draw
-    return Draw(*(tensor.to(device) for tensor in draw))
+    return Draw(*(None if tensor is None else tensor.to(device) for tensor in draw))  # type: ignore[arg-type]

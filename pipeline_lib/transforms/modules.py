@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,20 +20,72 @@ class LinearAtSite:
     weight: nn.Parameter
     bias: nn.Parameter | None
     functions_at_site: SiteFunctions
+    shared_input: SharedInput | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[sequences, positions, in] or [sequences, in] -> the same with `out` features."""
         functions = self.functions_at_site
-        context = functions.context
-        first = context.position
-        if context.tokens is not None and input.ndim > 2:
-            first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
-        input = functions.activation(input, "input", first)
+        if self.shared_input is None:
+            input = load_input(functions, input)
+        else:
+            self.shared_input.check(input)
         return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
     def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
         compute = self.functions_at_site.compute
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
+
+
+def load_input(functions: SiteFunctions, input: Tensor) -> Tensor:
+    """The input of a linear layer as the layer reads it."""
+    context = functions.context
+    first = context.position
+    if context.tokens is not None and input.ndim > 2:
+        first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
+    return functions.activation(input, "input", first)
+
+
+class SharedInput:
+    """The input of several linear layers, which the module around them loads once from one memory.
+
+    Args:
+        functions: of the first of the layers; what happens to the input of each is the same.
+    """
+
+    def __init__(self, functions: SiteFunctions) -> None:
+        self.functions = functions
+        self._loaded: Tensor | None = None
+
+    def install(self, around: nn.Module) -> Callable[[], None]:
+        """Load the first argument of `around` before its forward pass; returns what undoes it."""
+        hooks = [
+            around.register_forward_pre_hook(self._load, with_kwargs=True),
+            around.register_forward_hook(self._forget, always_call=True),
+        ]
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return undo
+
+    def check(self, input: Tensor) -> None:
+        """Refuse an input that is not the loaded one."""
+        if not torch.compiler.is_compiling() and input is not self._loaded:
+            raise RuntimeError(
+                f"{self.functions.site.name} and the layers beside it do not read what the module around them reads; "
+                "set shared_input to false"
+            )
+
+    def _load(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        name = None if args else next(iter(kwargs))
+        loaded = load_input(self.functions, args[0] if name is None else kwargs[name])
+        if not torch.compiler.is_compiling():
+            self._loaded = loaded
+        return ((loaded, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: loaded})
+
+    def _forget(self, *_: Any) -> None:
+        self._loaded = None
 
 
 class EmbeddingAtSite:

@@ -11,6 +11,8 @@ from torch import nn
 from pipeline_lib.transforms.base import Site
 
 QUERY_KEY, ATTENTION_VALUE, KV = "query_key", "attention_value", "kv"
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Linear layers beside each other that read the same tensor: the first argument of the module around them."""
 INNER_ATTENTION = "ScaledDotProductAttentionWrapper"  # torchtitan's, known by name: it need not be installed here
 
 

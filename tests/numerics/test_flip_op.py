@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline_lib.numerics import bitflips
+from pipeline_lib.numerics import bitflips, flip_native
 from pipeline_lib.numerics.bitflips import flip, plan_for
 from pipeline_lib.numerics.flip_cpu import threshold_bits
 from pipeline_lib.numerics.streams import site_key, step_key
@@ -93,15 +93,18 @@ def test_no_mask_is_saved_with_a_gate(p: float) -> None:
     assert all(t.data_ptr() == x.data_ptr() or t.dim() == 0 for t in saved)
 
 
-def test_remembered_and_redrawn_gates_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("threshold", "launches"), [(1e9, 1), (2.0, 2)])
+def test_backward_draws_again_only_if_something_was_zeroed(
+    threshold: float, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    original = flip_native.flip_memory
+    monkeypatch.setattr(flip_native, "flip_memory", lambda *args: drawn.append(1) or original(*args))
     x = torch.randn(3, 4000, requires_grad=True)
-    plan = plan_for(torch.float32, 1e-3)
-    grads = []
-    for few in (64, 10**9):
-        monkeypatch.setattr(bitflips, "_FEW", few)
-        grads.append(torch.autograd.grad(flip(x, plan, KEY, threshold=5.0).sum(), x)[0])
-    assert torch.equal(*grads)
-    assert 0 < int((grads[0] == 0).sum()) < 3 * 4000 // 64
+    y = flip(x, plan_for(torch.float32, 0.0, 0.0, 1e-2), KEY, threshold=threshold)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, gate(flip(x.detach(), plan_for(torch.float32, 0.0, 0.0, 1e-2), KEY), threshold).float())
+    assert len(drawn) == launches + 1
 
 
 PLANS = (plan_for(torch.float32, 0.002), plan_for(torch.float32, 0.05, 0.01))
@@ -173,6 +176,23 @@ def test_the_operator_is_registered_soundly(threshold: float | None) -> None:
     zero = torch.tensor(0)
     args = (x, KEY, zero, zero, 32, list(PLANS[1].masks), list(PLANS[1].probabilities), threshold)
     torch.library.opcheck(bitflips._flip_op, args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_gradient_operator_is_registered_soundly(dtype: torch.dtype) -> None:
+    x, grad = (torch.randn(2, 30, 4).to(dtype).transpose(1, 2) for _ in range(2))
+    plan = plan_for(dtype, 0.05, 0.01)
+    zero = torch.tensor(0)
+    args = (grad.requires_grad_(), x, KEY, zero, zero, plan.bits, list(plan.masks), list(plan.probabilities), 1.0)
+    torch.library.opcheck(bitflips._flip_gradient_op, args)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_backward_without_any_flip(threshold: float | None) -> None:
+    x = torch.tensor([[0.5, -2.0]], requires_grad=True)
+    flip(x, plan_for(torch.float32, 0), KEY, threshold=threshold).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1.0, 1.0 if threshold is None else 0.0]]
 
 
 def test_fake_and_meta_tensors() -> None:

@@ -78,7 +78,7 @@ def test_mutant_half_probability_fails() -> None:
 
 
 def test_mutant_without_flips_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline_lib.numerics.flip_cpu.flip_array", lambda x, plan, window: np.zeros(0, np.int64))
+    monkeypatch.setattr("pipeline_lib.numerics.flip_cpu.flipped", lambda x, window, plan, threshold: (x.clone(), False))
     counts = count_bits(mask_of(plan_for(torch.float32, 0.01), KEY, 8, 1 << 14), 32)
     assert rate_problem(counts, 1 << 17, FLOAT_MASKS["float32"][1], 0.01) is not None
 

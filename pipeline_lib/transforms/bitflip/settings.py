@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.config.base import added
 from pipeline_lib.numerics.flip_plan import probability_problem
 from pipeline_lib.transforms.patterns import IN_LAYERS, SitePatterns, merge
 
@@ -20,6 +21,10 @@ OPERANDS: dict[str, dict[str, str]] = {
 """Kind of site -> role there -> the settings field with the operand's probabilities."""
 
 LAYERS: Any = {IN_LAYERS: {}}
+
+
+_BITS = {str(bit) for bit in range(32)}
+_MOST = 14  # different probabilities in one plan
 
 
 def _check_probability(p: float) -> float:
@@ -44,6 +49,11 @@ class Operand(Base):
     p_frac: Probability | None = Field(
         default=None, description="instead of p, for the fraction bits of a floating-point operand; null: as p"
     )
+    p_bits: dict[str, Probability] | None = added(
+        default=None,
+        description="instead of the above, for single bits: {number of the bit, 0 the least significant: probability}, "
+        "as in {15: 1e-3, 14: 0} for the sign and the highest exponent bit of bfloat16; null: none",
+    )
     zero_out: float | None = Field(
         default=None,
         ge=0,
@@ -51,23 +61,81 @@ class Operand(Base):
         "NaN and infinity among them, become 0; null: no guard",
     )
 
+    @field_validator("p_bits", mode="before")
+    @classmethod
+    def _name_bits(cls, bits: Any) -> Any:
+        """YAML's numbers as the strings that JSON has."""
+        return {str(bit): p for bit, p in bits.items()} if isinstance(bits, dict) else bits
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> Operand:
+        for bit in self.p_bits or {}:
+            if bit not in _BITS:
+                raise ValueError(f"p_bits: {bit!r} is not the number of a bit; allowed are 0 to 31")
+        if len({*(self.p_bits or {}).values(), self.p, self.p_exp, self.p_frac}) > _MOST:
+            raise ValueError(f"p_bits: more than {_MOST - 3} different probabilities in one operand")
+        return self
+
     @property
     def acts(self) -> bool:
         """Whether it can change any value."""
-        return self.zero_out is not None or any((self.p, self.p_exp, self.p_frac))
+        return self.zero_out is not None or any(self.transient())
+
+    def transient(self) -> list[float]:
+        """All probabilities that are drawn anew at each read."""
+        return [p for p in (self.p, self.p_exp, self.p_frac, *(self.p_bits or {}).values()) if p is not None]
+
+
+class Memory(Operand):
+    """What happens to an operand that stays in its memory: beside transient flips, bits that are stuck for good."""
+
+    stuck_at_0: Probability = added(
+        default=0.0,
+        description="probability that a bit of the memory always reads as 0; drawn once for a chip, by chip_seed",
+    )
+    stuck_at_1: Probability = added(
+        default=0.0, description="probability that a bit always reads as 1; stuck_at_0 + stuck_at_1 is at most 1"
+    )
+
+    @model_validator(mode="after")
+    def _check_stuck(self) -> Memory:
+        if self.stuck_at_0 + self.stuck_at_1 > 1:
+            raise ValueError(f"stuck_at_0 + stuck_at_1 is {self.stuck_at_0 + self.stuck_at_1}; allowed is at most 1")
+        return self
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether some of its bits can be stuck."""
+        return self.stuck_at_0 + self.stuck_at_1 > 0
+
+    @property
+    def acts(self) -> bool:
+        """Whether it can change any value."""
+        return self.is_stuck or super().acts
 
 
 class Settings(Base):
     """Random bit flips by operand; `sites` says where, and may change the operands by layer."""
 
     type: Literal["bitflip"] = "bitflip"
-    weight: Operand = Field(
-        default_factory=Operand, description="the weight of a linear layer: p, p_exp, p_frac, zero_out"
+    weight: Memory = Field(
+        default_factory=Memory,
+        description="the weight of a linear layer: p, p_exp, p_frac, p_bits, zero_out, stuck_at_0, stuck_at_1",
     )
     input: Operand = Field(
-        default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, zero_out"
+        default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, p_bits, zero_out"
     )
-    embedding: Operand | None = Field(default=None, description="the table of an embedding; null: left alone")
+    shared_input: bool = added(
+        default=False,
+        description="whether query, key and value (and gate and up) read their input from one memory, so that its "
+        "faults are drawn once and are the same for them; false: each layer has its own copy and faults",
+    )
+    chip_seed: int = added(
+        default=0,
+        ge=0,
+        description="seed of the stuck bits: the chip. Another seed is another chip; seed and step change nothing",
+    )
+    embedding: Memory | None = Field(default=None, description="the table of an embedding; null: left alone")
     left: Operand | None = Field(
         default=None, description="the left operand of an attention product (query; probabilities); null: left alone"
     )
@@ -89,14 +157,29 @@ class Settings(Base):
                 raise _at_pattern(pattern, error) from None
         return self
 
+    def _everywhere(self) -> list[Settings]:
+        return [self, *(self.at(overrides) for _, overrides in self.sites if overrides)]
+
     def kinds(self) -> frozenset[str]:
         """The kinds of sites for which some pattern names an operand."""
-        everywhere = [self, *(self.at(overrides) for _, overrides in self.sites if overrides)]
         return frozenset(
             kind
             for kind, operands in OPERANDS.items()
-            if any(getattr(settings, field) is not None for settings in everywhere for field in operands.values())
+            if any(
+                getattr(settings, field) is not None for settings in self._everywhere() for field in operands.values()
+            )
         )
+
+    @property
+    def random_faults(self) -> bool:
+        """Whether an evaluation must be repeated over fault seeds: not if all faults are stuck, sure or impossible."""
+        operands = (
+            operand
+            for settings in self._everywhere()
+            for kind in OPERANDS
+            for operand in settings.operands(kind).values()
+        )
+        return any(0 < p < 1 for operand in operands for p in operand.transient())
 
     def at(self, overrides: dict[str, Any]) -> Settings:
         """These settings with a pattern's overrides laid over them."""
@@ -115,7 +198,7 @@ def _at_pattern(pattern: str, error: ValidationError) -> ValidationError:
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        names = Operand.model_fields if len(first["loc"]) > 1 else Settings.model_fields
+        names = Memory.model_fields if len(first["loc"]) > 1 else Settings.model_fields
         message = f"unknown key; known are {', '.join(sorted(names))}"
     # The message is an argument and not the template: it may hold braces.
     kind = PydanticCustomError("value_error", "{message}", {"message": message})

@@ -45,7 +45,11 @@ def test_settings_survive_a_spec() -> None:
     }
     settings = Settings.model_validate(given)
     assert Settings.model_validate(settings.semantic()) == settings
+    # Settings that came later are left out at their defaults: fingerprints of older results stay.
     assert settings.semantic()["weight"] == {"p": 1e-3, "p_exp": None, "p_frac": None, "zero_out": 1.25}
+    assert not {"chip_seed", "shared_input"} & set(settings.semantic())
+    changed = Settings.model_validate({**given, "chip_seed": 1, "weight": {"stuck_at_0": 0.1}}).semantic()
+    assert (changed["chip_seed"], changed["weight"]["stuck_at_0"]) == (1, 0.1)
 
 
 def test_settings_are_read_without_torch() -> None:
