@@ -11,14 +11,19 @@ class Settings(BaseModel):
     """Frozen, typed settings; an unknown key or a wrong type is an error.
 
     Every field is semantic (it enters the fingerprint of the stages that read it) unless it is
-    made with `operational`.
+    made with `operational`, or made with `added` and left at its default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def semantic(self) -> dict[str, Any]:
-        """The settings as plain JSON values, without the operational ones."""
+        """The settings as plain JSON values, without the operational ones and `added` ones at their default."""
         return _prune(self)
+
+
+def added(default: Any, description: str, **constraints: Any) -> Any:
+    """A semantic field that came later: at its default it is left out, so that results made before it stand."""
+    return Field(default, description=description, json_schema_extra={"added": True}, **constraints)
 
 
 def operational(default: Any, description: str, **constraints: Any) -> Any:
@@ -29,7 +34,7 @@ def operational(default: Any, description: str, **constraints: Any) -> Any:
 def _prune(value: Any) -> Any:
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
-        return {name: _prune(getattr(value, name)) for name in fields if not _is_operational(fields[name])}
+        return {name: _prune(getattr(value, name)) for name in fields if not _is_left_out(fields[name], value, name)}
     if isinstance(value, dict):
         return {key: _prune(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -37,6 +42,6 @@ def _prune(value: Any) -> Any:
     return value
 
 
-def _is_operational(field: Any) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("operational"))
+def _is_left_out(field: Any, owner: BaseModel, name: str) -> bool:
+    marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return bool(marks.get("operational")) or bool(marks.get("added") and getattr(owner, name) == field.default)

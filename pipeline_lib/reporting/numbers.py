@@ -10,7 +10,7 @@ from typing import Any
 from pipeline_lib.config.errors import UserError, closest
 
 # Where one metric must stand for a task, the first of these that it has.
-PREFERRED = ("word_perplexity", "acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "mcc")
+PREFERRED = ("word_perplexity", "same_tokens", "acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "mcc")
 
 
 @dataclass(frozen=True)

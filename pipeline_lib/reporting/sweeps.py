@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline_lib.config.errors import UserError, closest
-from pipeline_lib.reporting.numbers import Measured
+from pipeline_lib.reporting.numbers import Measured, label
 from pipeline_lib.reporting.tables import to_csv
 
 
@@ -84,6 +84,16 @@ def read_sweep(text: str) -> SweepTable:
         }
         points.append(([_value(cell[axis]) for axis in axes], figures))
     return SweepTable(axes, metrics, points)
+
+
+def point_name(axes: Sequence[str], values: Sequence[Any]) -> str:
+    """What tells a point from the others, in words: `p_frac = 2⁻¹⁰, operand = weights`."""
+    return ", ".join(f"{axis_name(axis)} = {label(value)}" for axis, value in zip(axes, values, strict=True))
+
+
+def axis_name(axis: str) -> str:
+    """A setting's name as people read it."""
+    return axis.removeprefix("transform.")
 
 
 def _over_seeds(figures: dict[str, Any]) -> Measured:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.config.errors import UserError
-from pipeline_lib.numerics.bitflips import FlipPlan, flip, plan_for
+from pipeline_lib.numerics.bitflips import FlipPlan, flip, make_plan, plan_for
 from pipeline_lib.transforms.base import Draw, Fault, Site, Transform
 from pipeline_lib.transforms.bitflip.settings import Operand, Settings
 
@@ -23,11 +23,20 @@ class BitFlips(Fault):
     def __init__(self, operands: dict[str, Operand]) -> None:
         self.roles = frozenset(operands)
         self._plans = {role: _plans(operand) for role, operand in operands.items()}
+        self._highest = {role: max(map(int, operand.bits), default=0) for role, operand in operands.items()}
         self._thresholds = {role: operand.zero_out for role, operand in operands.items()}
 
     def __call__(self, tensor: Tensor, role: str, draw: Draw) -> Tensor:
         """`tensor` with the flips of its rows and elements, gated by the zero-out threshold if it is of floats."""
         plan = self._plans[role].get(tensor.dtype)
+        if plan is None and tensor.dtype in DTYPES:
+            raise UserError(
+                f"{tensor.dtype} has no bit {self._highest[role]}",
+                where=f"transform bitflip: {role}.bits",
+                value=self._highest[role],
+                allowed=f"0 to {8 * tensor.dtype.itemsize - 1}",
+                fix="name bits that the dtype of the model has",
+            )
         if plan is None:
             raise UserError(
                 "bits of this dtype cannot flip",
@@ -55,4 +64,18 @@ class BitFlip(Transform):
 
 
 def _plans(operand: Operand) -> dict[torch.dtype, FlipPlan]:
-    return {dtype: plan_for(dtype, operand.p, operand.p_exp, operand.p_frac) for dtype in DTYPES}
+    """The plan for each dtype that has the bits which the operand names."""
+    highest = max(map(int, operand.bits), default=0)
+    return {dtype: _plan(operand, dtype) for dtype in DTYPES if highest < 8 * dtype.itemsize}
+
+
+def _plan(operand: Operand, dtype: torch.dtype) -> FlipPlan:
+    grouped = plan_for(dtype, operand.p, operand.p_exp, operand.p_frac)
+    if not operand.bits:
+        return grouped
+    masks: dict[float, int] = {}
+    for bit in range(grouped.bits):
+        groups = zip(grouped.masks, grouped.probabilities, strict=True)
+        p = operand.bits.get(str(bit), next(p for mask, p in groups if mask >> bit & 1))
+        masks[p] = masks.get(p, 0) | 1 << bit
+    return make_plan(grouped.bits, [(mask, p) for p, mask in masks.items()])

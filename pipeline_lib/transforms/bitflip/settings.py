@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.config.base import added
 from pipeline_lib.numerics.flip_plan import probability_problem
 from pipeline_lib.transforms.patterns import SitePatterns, merge
 
@@ -33,6 +34,19 @@ def _check_probability(p: float) -> float:
 Probability = Annotated[float, AfterValidator(_check_probability)]
 
 
+def _check_bits(value: Any) -> Any:
+    """Keys as the strings that a spec holds; a bit that is given anew, by a pattern, counts last."""
+    if not isinstance(value, dict):
+        raise ValueError(f"bits must map bit numbers to probabilities, got {value!r}")
+    for key in value:
+        if isinstance(key, bool) or not str(key).isdecimal() or int(key) > 31:
+            raise ValueError(f"{key!r} is no bit number; allowed are 0, the least significant bit, to 31")
+    return {str(int(key)): p for key, p in value.items()}
+
+
+Bits = Annotated[dict[str, Probability], BeforeValidator(_check_bits)]
+
+
 class Operand(Base):
     """What happens to one operand of an operation."""
 
@@ -51,11 +65,25 @@ class Operand(Base):
         description="zero-out threshold t, at least 0: after the flips, floating-point values that are not |x| < t, "
         "NaN and infinity among them, become 0; null: no guard",
     )
+    bits: Bits = added(
+        {},
+        "instead of all the above probabilities, for single bits: {bit: p}; bit 0 is the least significant one, of an "
+        "fp32 operand 31 is the sign and 30 to 23 the exponent, of bf16 15 and 14 to 7, of fp16 15 and 14 to 10",
+    )
 
     @property
     def acts(self) -> bool:
         """Whether it can change any value."""
-        return self.zero_out is not None or any((self.p, self.p_exp, self.p_frac))
+        return self.zero_out is not None or any(self._probabilities)
+
+    @property
+    def random(self) -> bool:
+        """Whether what it does is a matter of chance."""
+        return any(p is not None and 0 < p < 1 for p in self._probabilities)
+
+    @property
+    def _probabilities(self) -> tuple[float | None, ...]:
+        return (self.p, self.p_exp, self.p_frac, *self.bits.values())
 
 
 class Settings(Base):
@@ -92,12 +120,23 @@ class Settings(Base):
 
     def kinds(self) -> frozenset[str]:
         """The kinds of sites for which some pattern names an operand."""
-        everywhere = [self, *(self.at(overrides) for _, overrides in self.sites if overrides)]
         return frozenset(
             kind
             for kind, operands in OPERANDS.items()
-            if any(getattr(settings, field) is not None for settings in everywhere for field in operands.values())
+            if any(getattr(settings, field) is not None for settings in self._by_pattern for field in operands.values())
         )
+
+    @property
+    def random_faults(self) -> bool:
+        """Whether an evaluation must be repeated over fault seeds: not where no bit flips, or every one does."""
+        fields = {field for operands in OPERANDS.values() for field in operands.values()}
+        operands = (getattr(settings, field) for settings in self._by_pattern for field in fields)
+        return any(operand is not None and operand.random for operand in operands)
+
+    @property
+    def _by_pattern(self) -> list[Settings]:
+        """These settings, and as each pattern changes them."""
+        return [self, *(self.at(overrides) for _, overrides in self.sites if overrides)]
 
     def at(self, overrides: dict[str, Any]) -> Settings:
         """These settings with a pattern's overrides laid over them."""
