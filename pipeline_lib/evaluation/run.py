@@ -125,8 +125,7 @@ class Session:
         folders = {role: str(path.resolve()) for role, path in inputs.items() if role != "checkpoint"}
         key = canonical({"task": dict(settings), "inputs": folders})
         if key not in self._tasks:
-            scratch = Path(self._scratch.name) / str(len(self._tasks))
-            scratch.mkdir()
+            scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))  # anew: an attempt that failed left its own
             module = TASK_TYPES.load(settings["type"], "task.type")
             self._tasks[key] = module.open_task(settings, inputs, scratch)
         return self._tasks[key]
