@@ -130,7 +130,9 @@ class Plan:
             clean[arms["clean"].path] = arms["clean"]
         if self._endings(sweep.task) and len(clean) == 1:  # the arm that readable files show beside the points
             inputs["clean"] = next(iter(clean.values()))
-        settings = {"columns": columns, "rows": rows, "metrics": None}
+        settings: dict[str, Any] = {"columns": columns, "rows": rows, "metrics": None}
+        if sweep.metric is not None:
+            settings["metric"] = sweep.metric
         execution = self.resolver.execution(self.resolver.experiments.get(sweep.experiment))
         return make_node("sweep", f"{sweep.task}-{len(rows)}", settings, inputs, execution)
 

@@ -172,6 +172,9 @@ class Sweep(Settings):
         description="{dotted setting: value} of each point, in which {axis} stands for the axis' value, e.g. "
         'transform.bitflip.{operand}.p_frac: "{p_frac}"',
     )
+    metric: str | None = Field(
+        default=None, description="the task's metric that its pictures show; null: word_perplexity and its like first"
+    )
     on_request: bool = Field(
         default=False, description="made only when it is asked for: no part of the target `all` and of the report"
     )

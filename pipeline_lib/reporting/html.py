@@ -28,7 +28,7 @@ def draw(collected: Collected) -> dict[str, list[Picture]]:
         arms = {result.experiment: result.measured(metric) for result in results}
         pictures[f"task:{task}"] = [metric_bars(metric, arms, f"task-{task}")]
     for name, table in collected.sweeps.items():
-        metric = main_metric(table.metrics, collected.favourites)
+        metric = table.main_metric(collected.favourites)
         pictures[f"sweep:{name}"] = sweep_pictures(table, metric, f"sweep-{name}")
     return pictures
 

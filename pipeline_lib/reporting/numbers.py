@@ -106,7 +106,7 @@ def label(value: Any) -> str:
     """A setting's value, short: small powers of two as such."""
     if isinstance(value, float):
         exponent = math.log2(value) if value > 0 else 0.5
-        if exponent == int(exponent) and exponent < -6:
+        if exponent == int(exponent) and exponent < -3:
             return "2" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"{value:g}"
     if isinstance(value, bool) or value is None:

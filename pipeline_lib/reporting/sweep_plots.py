@@ -84,6 +84,7 @@ def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
         axes.set_yticks(range(len(rows)), [label(value) for value in rows])
         style(axes, axis_name(table.axes[0]), axis_name(table.axes[1]), grid="")
         _title(axes, table, rest)
+    drawn.suptitle(metric, fontsize=11, color=INK, x=0.01, ha="left")
     colour = "logarithmic colours" if wide else "linear colours"
     return picture(drawn, name, f"{metric} over {_over(table, 2)}, {colour}.")
 
