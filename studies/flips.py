@@ -75,6 +75,7 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
     metric = sweep.main_metric()
     model, recipe = used["training"]["model"], used["training"]["recipe"]
     documents = f"{used['task']['limit']} documents of task {used['task']['task']}"
+    trained = f"{recipe['steps']} steps at learning rate {recipe['lr']:g}, seed {used['training']['seed']}"
     guard = used["experiment"]["transform"]["bitflip"]
     points = [f"| {' | '.join([*sweep.axes, metric, 'n'])} |", f"|{' --- |' * len(sweep.axes)} ---: | ---: |"]
     for values, metrics in sweep.points:
@@ -82,11 +83,11 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
         points.append(f"| {' | '.join(map(label, values))} | {figure} | {metrics[metric].n} |")
     page = f"""# Which bits matter
 
-The sweep `{SWEEP}` of config.yaml: a llama of {model["layers"]} layers of width {model["dim"]} ({recipe["steps"]} steps,
-seed {used["training"]["seed"]}), trained without flips and evaluated in fp32 on {documents}. Only one operand of one
-class of layers is flipped at a time. Zero-out thresholds: weights {guard["weight"]["zero_out"]:g}, activations
-{guard["input"]["zero_out"]:g}. Mean ± standard error over {used["fault_seeds"]} fault seeds; without flips nothing is
-random, so there n = 1. The error says nothing about another training seed or other text.
+The sweep `{SWEEP}` of config.yaml: a llama of {model["layers"]} layers of width {model["dim"]}, {trained},
+trained without flips and evaluated in fp32 on {documents}. Only one operand of one class of layers is flipped at a
+time. Zero-out thresholds: weights {guard["weight"]["zero_out"]:g}, activations {guard["input"]["zero_out"]:g}. Mean ±
+standard error over {used["fault_seeds"]} fault seeds; without flips nothing is random, so there n = 1. The error says
+nothing about another training seed or other text.
 
 ![heat map](../images/{SWEEP}.svg)
 
