@@ -12,15 +12,16 @@ localrules:
 
 rule experiment_result:
     input:
-        lambda wildcards: wiring.view_inputs(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.json"),
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.{wildcards.kind}"),
     output:
-        report("results/{experiment}/{task}.json", caption="../workflow/report/result.rst", category="Results", labels={"experiment": "{experiment}", "task": "{task}"}),
+        report("results/{experiment}/{task}.{kind}", caption="../workflow/report/result.rst", category="Results", labels={"experiment": "{experiment}", "task": "{task}", "format": "{kind}"}),
     wildcard_constraints:
         experiment="(?!store|specs|work|logs|quarantine|sweeps|tables|publish)[a-z0-9._+-]+",
+        kind="json|jsonl|md|yaml",
     params:
-        source=lambda wildcards: wiring.view_source(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.json"),
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/{wildcards.experiment}/{wildcards.task}.{wildcards.kind}"),
     log:
-        "results/logs/view/{experiment}--{task}.log",
+        "results/logs/view/{experiment}--{task}.{kind}.log",
     conda:
         "../envs/report.yaml"
     shell:
@@ -29,13 +30,15 @@ rule experiment_result:
 
 rule sweep_result:
     input:
-        lambda wildcards: wiring.view_inputs(PLAN, f"results/sweeps/{wildcards.name}.csv"),
+        lambda wildcards: wiring.view_inputs(PLAN, f"results/sweeps/{wildcards.name}.{wildcards.kind}"),
     output:
-        report("results/sweeps/{name}.csv", caption="../workflow/report/sweep.rst", category="Sweeps", labels={"sweep": "{name}"}),
+        report("results/sweeps/{name}.{kind}", caption="../workflow/report/sweep.rst", category="Sweeps", labels={"sweep": "{name}", "format": "{kind}"}),
+    wildcard_constraints:
+        kind="csv|svg|png|jsonl|md|yaml",
     params:
-        source=lambda wildcards: wiring.view_source(PLAN, f"results/sweeps/{wildcards.name}.csv"),
+        source=lambda wildcards: wiring.view_source(PLAN, f"results/sweeps/{wildcards.name}.{wildcards.kind}"),
     log:
-        "results/logs/view/sweep--{name}.log",
+        "results/logs/view/sweep--{name}.{kind}.log",
     conda:
         "../envs/report.yaml"
     shell:

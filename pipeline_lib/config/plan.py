@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pipeline_lib.config.load import load_config, merge
 from pipeline_lib.config.nodes import Node, make_node
 from pipeline_lib.config.resolve import Resolver
 from pipeline_lib.config.schema import Config, Experiment, Sweep
+from pipeline_lib.config.sweeps import points
 from pipeline_lib.config.validate import validate
 
 RESULTS = "results"
@@ -46,13 +46,26 @@ class Plan:
     def targets(self) -> list[str]:
         """What the target `all` makes: every listed experiment's tasks, sweeps, tables and the report."""
         found = [
-            f"{RESULTS}/{name}/{task}.json"
+            f"{RESULTS}/{name}/{task}.{kind}"
             for name in self.config.experiments
             for task in self.resolver.experiments.get(name).tasks
+            for kind in ("json", *self._endings(task))
         ]
-        found += [f"{RESULTS}/sweeps/{name}.csv" for name in self.config.sweeps]
+        found += [
+            f"{RESULTS}/sweeps/{name}.{kind}"
+            for name, sweep in self._sweeps().items()
+            for kind in ("csv", "svg", "png", *self._endings(sweep.task))
+        ]
         found += [f"{RESULTS}/tables/{name}.{kind}" for name in self.config.tables for kind in ("csv", "md")]
         return [*found, f"{RESULTS}/report.html"] if found else found
+
+    def _endings(self, task: str) -> tuple[str, ...]:
+        """Endings of the readable files that a task leaves beside its JSON."""
+        return tuple(getattr(self.resolver.task(task)[0], "READABLE", ()))
+
+    def _sweeps(self) -> dict[str, Sweep]:
+        """Those that are made without being asked for by name."""
+        return {name: sweep for name, sweep in self.config.sweeps.items() if not sweep.on_request}
 
     def view(self, target: str) -> tuple[Node, str]:
         """The node behind a readable target, and the file in its artifact.
@@ -73,19 +86,22 @@ class Plan:
         if len(parts) == 2:
             folder, file = parts
             stem, _, kind = file.rpartition(".")
-            if folder == "sweeps" and kind == "csv":
-                return self.sweep(known(stem, self.config.sweeps, "sweeps", f"target {target}")), "table.csv"
+            if folder == "sweeps":
+                known(stem, self.config.sweeps, "sweeps", f"target {target}")
+                if kind in ("csv", "svg", "png", *self._endings(self.config.sweeps[stem].task)):
+                    return self.sweep(stem), f"table.{kind}"
             if folder == "tables" and kind in ("csv", "md"):
                 return self.table(known(stem, self.config.tables, "tables", f"target {target}")), f"table.{kind}"
             if folder == "publish" and kind == "json":
                 return self.publish(self.resolver.experiments.get(stem)), "publish.json"
-            if kind == "json":
-                return self.resolver.result(self.resolver.experiments.get(folder), stem), "result.json"
+            if kind == "json" or (stem in self.config.tasks and kind in self._endings(stem)):
+                return self.resolver.result(self.resolver.experiments.get(folder), stem), f"result.{kind}"
         raise UserError(
             "nothing of that name can be made",
             where="target",
             value=target,
-            allowed="results/<experiment>/<task>.json, results/sweeps/<sweep>.csv, results/tables/<table>.csv or .md, "
+            allowed="results/<experiment>/<task>.json (and .md, … of tasks that leave records), "
+            "results/sweeps/<sweep>.csv, .svg or .png, results/tables/<table>.csv or .md, "
             "results/publish/<experiment>.json, results/report.html",
             fix="see `experiments:`, `tasks:`, `sweeps:` and `tables:` in config.yaml",
         )
@@ -106,12 +122,17 @@ class Plan:
         """The CSV of a sweep; its points are evaluate artifacts of their own."""
         sweep = self.config.sweeps[name]
         columns = list(sweep.grid)
-        rows, inputs = [], {}
+        rows, inputs, clean = [], {}, {}
         for index, (values, exp) in enumerate(self._points(name, sweep)):
             rows.append(values)
             arms = self.resolver.arms(exp, sweep.task)
             inputs[f"{index:05}"] = arms.get("transformed", arms["clean"])
-        settings = {"columns": columns, "rows": rows, "metrics": None}
+            clean[arms["clean"].path] = arms["clean"]
+        if self._endings(sweep.task) and len(clean) == 1:  # the arm that readable files show beside the points
+            inputs["clean"] = next(iter(clean.values()))
+        settings: dict[str, Any] = {"columns": columns, "rows": rows, "metrics": None}
+        if sweep.metric is not None:
+            settings["metric"] = sweep.metric
         execution = self.resolver.execution(self.resolver.experiments.get(sweep.experiment))
         return make_node("sweep", f"{sweep.task}-{len(rows)}", settings, inputs, execution)
 
@@ -128,13 +149,15 @@ class Plan:
                 fix="add it under `tasks:`",
             )
         full = full_settings(base)
-        for key in sweep.grid:
-            check_axis(key, full, f"{where}.grid")
-        for values in itertools.product(*sweep.grid.values()):
+        checked: set[str] = set()
+        for values, settings in points(sweep.grid, sweep.settings, where):
             over: dict[str, Any] = {}
-            for key, value in zip(sweep.grid, values, strict=True):
+            for key, value in settings.items():
+                if key not in checked:
+                    check_axis(key, full, f"{where}.{'grid' if key in sweep.grid else 'settings'}")
+                    checked.add(key)
                 over = merge(over, nested(key, value))
-            yield list(values), self.resolver.variant(sweep.experiment, with_settings(entry, base, over, where))
+            yield values, self.resolver.variant(sweep.experiment, with_settings(entry, base, over, where))
 
     def table(self, name: str) -> Node:
         """A table of experiments in rows and columns."""
@@ -155,7 +178,7 @@ class Plan:
                 inputs[f"result:{name}:{task}"] = self.resolver.result(exp, task)
             if exp.recipe_module.ENGINE is not None and exp.tasks:
                 inputs[f"train:{name}"] = self.resolver.train(exp)
-        inputs.update({f"sweep:{name}": self.sweep(name) for name in self.config.sweeps})
+        inputs.update({f"sweep:{name}": self.sweep(name) for name in self._sweeps()})
         inputs.update({f"table:{name}": self.table(name) for name in self.config.tables})
         tables = {name: table.semantic() for name, table in self.config.tables.items()}
         return make_node("report", "report", {"title": self.config.report.title, "tables": tables}, inputs)

@@ -256,6 +256,8 @@ class Resolver:
             inputs[f"asset-{index}"] = self.asset(
                 need["repo"], need.get("revision", "main"), need.get("patterns"), need.get("repo_type", "dataset")
             )
+        if transform and getattr(module, "REFERENCE", False):
+            inputs["clean"] = self.evaluate(exp, task, [], [])
         spec = {
             "task": {**settings.semantic()},
             "transform": transform,

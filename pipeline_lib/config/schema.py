@@ -176,8 +176,21 @@ class Sweep(Settings):
 
     experiment: str = Field(description="name of the experiment that is varied")
     task: str = Field(description="name of a task")
-    grid: dict[str, list[Any]] = Field(
-        min_length=1, description="{dotted setting: [values]}, e.g. transform.bitflip.weight.p_frac"
+    grid: dict[str, list[Any] | dict[str, Any]] = Field(
+        min_length=1,
+        description="{axis: [values]}, or {axis: {name of a value: value}}; an axis is a dotted setting, e.g. "
+        "transform.bitflip.weight.p_frac, or a name that `settings` uses",
+    )
+    settings: dict[str, Any] = Field(
+        default={},
+        description="{dotted setting: value} of each point, in which {axis} stands for the axis' value, e.g. "
+        'transform.bitflip.{operand}.p_frac: "{p_frac}"',
+    )
+    metric: str | None = Field(
+        default=None, description="the task's metric that its pictures show; null: word_perplexity and its like first"
+    )
+    on_request: bool = Field(
+        default=False, description="made only when it is asked for: no part of the target `all` and of the report"
     )
 
 

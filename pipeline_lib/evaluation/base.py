@@ -6,10 +6,20 @@ A task type is a module in `pipeline_lib.evaluation.tasks` (or an entry point) w
     def needs(settings) -> list[dict]                    # hub files that the assets stage must fetch
     def refuses(settings, model_family) -> str | None    # why it makes no sense for a family, told while planning
     def open_task(settings, inputs, scratch) -> Task     # data loaded, offline, ready to run on many models
+
+A task whose runs leave records beside their metrics (texts, a line a layer) also has::
+
+    READABLE = ("jsonl", "md")                           # endings of readable files: results/<experiment>/<task>.md
+    def readable(settings, arms) -> dict[str, str]       # ending → text; arms: {arm: {run: [record, …]}}
+    REFERENCE = True                                     # a transformed arm reads the clean one, its input `clean`
+
+`readable` is given the arms of a result, `clean` and `transformed`, or `clean` and the points of a sweep; the runs of
+an arm are `clean`, or `seed-0`, `seed-1`, … for its fault seeds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,8 +55,9 @@ class Outcome:
         sampling_stderr: the evaluator's own standard error over documents, where it gives one.
         n_samples: documents evaluated.
         conditions: what must be alike in runs that are compared: versions, few-shot, a digest of every request.
-        record: the evaluator's own JSON, verbatim but for `host`.
+        record: the evaluator's own JSON, verbatim but for `host`; empty where it has none.
         host: its date, time and host fields.
+        records: plain JSON objects for readable files, one line each.
     """
 
     metrics: dict[str, float]
@@ -55,6 +66,11 @@ class Outcome:
     conditions: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+Arms = Mapping[str, Mapping[str, list[dict[str, Any]]]]
+"""Records by arm and run."""
 
 
 class Task(Protocol):

@@ -41,11 +41,13 @@ class Arm:
         result: what is compared: metrics, the settings they belong to, what the transform replaced.
         provenance: timings, device, and the evaluator's own date, time and host fields.
         evaluator: {fault seed or "clean": the evaluator's JSON, verbatim but for those fields}.
+        records: {fault seed or "clean": what the run left beside its metrics}; only of tasks that leave any.
     """
 
     result: dict[str, Any]
     provenance: dict[str, Any]
     evaluator: dict[str, dict[str, Any]]
+    records: dict[str, list[dict[str, Any]]]
 
 
 @cache
@@ -84,7 +86,7 @@ class Session:
 
         Args:
             settings: of the stage `evaluate`: task, transform, fault_seeds, seed, dtype.
-            inputs: checkpoint, and what the task needs.
+            inputs: checkpoint, what the task needs, and `clean` where it compares with the clean arm.
             work: keeps finished seeds, to go on from after a kill.
             execution: `eval_batch_size`, `threads`; change speed only.
         """
@@ -107,21 +109,27 @@ class Session:
                 outcomes[key], seconds[key] = found, round(time.monotonic() - start, 3)
                 progress.update()
             report = model.report
-        result = _result(settings, _identities(inputs), outcomes, report)
+        # The clean arm is no condition of a comparison with itself: its own weights and data are among the others.
+        compared = {role: path for role, path in inputs.items() if role != "clean"}
+        result = _result(settings, _identities(compared), outcomes, report)
         provenance = {
             "seconds": seconds,
             "device": str(checkpoint.device),
             "batch_size": batch_size,
             "evaluator": {key: outcome.host for key, outcome in outcomes.items()},
         }
-        return Arm(result, provenance, {key: outcome.record for key, outcome in outcomes.items()})
+        return Arm(
+            result,
+            provenance,
+            {key: outcome.record for key, outcome in outcomes.items() if outcome.record},
+            {key: outcome.records for key, outcome in outcomes.items() if outcome.records},
+        )
 
     def _task(self, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Task:
         folders = {role: str(path.resolve()) for role, path in inputs.items() if role != "checkpoint"}
         key = canonical({"task": dict(settings), "inputs": folders})
         if key not in self._tasks:
-            scratch = Path(self._scratch.name) / str(len(self._tasks))
-            scratch.mkdir()
+            scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))  # anew: an attempt that failed left its own
             module = TASK_TYPES.load(settings["type"], "task.type")
             self._tasks[key] = module.open_task(settings, inputs, scratch)
         return self._tasks[key]

@@ -109,7 +109,8 @@ def collect(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Collecte
         elif kind == "train":
             trainings[name] = _training(name, path)
         elif kind == "sweep":
-            sweeps[name] = read_sweep((path / "table.csv").read_text(encoding="utf-8"))
+            metric = read_json(path / "sweep.json")["result"].get("metric")
+            sweeps[name] = read_sweep((path / "table.csv").read_text(encoding="utf-8"), metric)
         elif kind == "table":
             grids[name] = read_grid((path / "table.csv").read_text(encoding="utf-8"))
     transforms = {result.experiment: arm_of(result.result)["transform"] for result in results}

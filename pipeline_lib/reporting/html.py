@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from pipeline_lib.reporting.collect import Collected, Result, Training
 from pipeline_lib.reporting.numbers import Measured, count, label, main_metric, number
-from pipeline_lib.reporting.plots import MAX_SERIES, Picture, metric_bars, sweep_curve, sweep_map, training_curves
-from pipeline_lib.reporting.sweeps import SweepTable
+from pipeline_lib.reporting.plots import Picture, metric_bars, training_curves
+from pipeline_lib.reporting.sweep_plots import sweep_pictures
 
 
 def draw(collected: Collected) -> dict[str, list[Picture]]:
@@ -28,18 +28,9 @@ def draw(collected: Collected) -> dict[str, list[Picture]]:
         arms = {result.experiment: result.measured(metric) for result in results}
         pictures[f"task:{task}"] = [metric_bars(metric, arms, f"task-{task}")]
     for name, table in collected.sweeps.items():
-        pictures[f"sweep:{name}"] = _sweep_pictures(name, table, collected.favourites)
+        metric = table.main_metric(collected.favourites)
+        pictures[f"sweep:{name}"] = sweep_pictures(table, metric, f"sweep-{name}")
     return pictures
-
-
-def _sweep_pictures(name: str, table: SweepTable, favourites: list[str]) -> list[Picture]:
-    metric = main_metric(table.metrics, favourites)
-    found = []
-    if len(table.axes) == 2:
-        found.append(sweep_map(table, metric, f"sweep-{name}-map"))
-    if len({repr(values[1:]) for values, _ in table.points}) <= MAX_SERIES:
-        found.append(sweep_curve(table, metric, f"sweep-{name}"))
-    return found
 
 
 def render(collected: Collected, pictures: dict[str, list[Picture]]) -> str:

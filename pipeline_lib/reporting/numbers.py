@@ -10,7 +10,7 @@ from typing import Any
 from pipeline_lib.config.errors import UserError, closest
 
 # Where one metric must stand for a task, the first of these that it has.
-PREFERRED = ("word_perplexity", "acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "mcc")
+PREFERRED = ("word_perplexity", "same_tokens", "acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "f1", "mcc")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def label(value: Any) -> str:
     """A setting's value, short: small powers of two as such."""
     if isinstance(value, float):
         exponent = math.log2(value) if value > 0 else 0.5
-        if exponent == int(exponent) and exponent < -6:
+        if exponent == int(exponent) and exponent < -3:
             return "2" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"{value:g}"
     if isinstance(value, bool) or value is None:

@@ -1,4 +1,4 @@
-"""Plots as SVG and PNG: training curves, metrics of experiments, sweeps."""
+"""Plots as SVG and PNG: training curves and metrics of experiments; what all plots share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline_lib.reporting.numbers import Measured, label, number
-from pipeline_lib.reporting.sweeps import SweepTable
+from pipeline_lib.reporting.numbers import Measured
 
 # Colours are named by the CSS variables that take their place where a plot stands in a page (light and dark).
 INK, MUTED, GRID = "#1f2430", "#667085", "#e3e6ec"
@@ -40,14 +39,14 @@ class Picture:
 
 def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Picture:
     """Loss over `unit` (tokens or steps); curves: experiment → [(x, loss in nats per token)]."""
-    figure, axes = _figure(WIDTH, 4.2)
+    drawn, axes = figure(WIDTH, 4.2)
     for index, (name, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=name, color=SERIES[index % MAX_SERIES], linewidth=1.6, linestyle=_dash(index))
-    _style(axes, unit, "training loss (nats per token)")
+    style(axes, unit, "training loss (nats per token)")
     axes.xaxis.set_major_formatter(_engineering())
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=1 + len(curves) // 6)
-    return _picture(figure, "training-loss", f"Training loss over {unit}.")
+    return picture(drawn, "training-loss", f"Training loss over {unit}.")
 
 
 def metric_bars(metric: str, arms: Mapping[str, Mapping[str, Measured]], name: str) -> Picture:
@@ -55,7 +54,7 @@ def metric_bars(metric: str, arms: Mapping[str, Mapping[str, Measured]], name: s
 
     The axis is logarithmic when the largest value is over 20 times the smallest.
     """
-    figure, axes = _figure(WIDTH, 1.0 + 0.62 * len(arms))
+    drawn, axes = figure(WIDTH, 1.0 + 0.62 * len(arms))
     values = [m.mean for group in arms.values() for m in group.values() if math.isfinite(m.mean)]
     log = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
     start = min(values) / 2 if log else 0.0
@@ -68,87 +67,36 @@ def metric_bars(metric: str, arms: Mapping[str, Mapping[str, Measured]], name: s
         axes.set_xscale("log")
         axes.set_xlim(left=start)
     axes.margins(x=0.16)
-    _style(axes, metric, "", grid="x")
+    style(axes, metric, "", grid="x")
     handles = [_patch(SERIES[i], arm) for i, arm in enumerate(("clean", "transformed"))]
     place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
     axes.legend(handles=handles, frameon=False, labelcolor=INK, fontsize=9, **place)
     scale = ", logarithmic axis" if log else ""
     what = f"{metric} with and without the transform of each experiment"
-    return _picture(figure, name, f"{what}; whiskers are ± 1 standard error{scale}.")
+    return picture(drawn, name, f"{what}; whiskers are ± 1 standard error{scale}.")
 
 
-def sweep_curve(table: SweepTable, metric: str, name: str) -> Picture:
-    """A metric over one axis of a sweep; of two axes, one curve for each value of the second."""
-    figure, axes = _figure(WIDTH, 4.2)
-    x_axis = table.axes[0]
-    ticks = _ordered({_key(values[0]): values[0] for values, _ in table.points})
-    groups = _ordered({_key(values[1:]): values[1:] for values, _ in table.points})
-    for index, rest in enumerate(groups):
-        points = [(values[0], metrics[metric]) for values, metrics in table.points if _key(values[1:]) == _key(rest)]
-        points = sorted(points, key=lambda point: [_key(tick) for tick in ticks].index(_key(point[0])))
-        x = [[_key(tick) for tick in ticks].index(_key(value)) for value, _ in points]
-        y = [measured.mean for _, measured in points]
-        errors = [measured.stderr or 0.0 for _, measured in points]
-        legend = ", ".join(f"{_axis(axis)} = {label(value)}" for axis, value in zip(table.axes[1:], rest, strict=True))
-        axes.errorbar(x, y, errors, label=legend, color=SERIES[index % MAX_SERIES], marker="o", markersize=4, capsize=3)
-    axes.set_xticks(range(len(ticks)), [label(tick) for tick in ticks])
-    _log_if_wide(axes, [m[metric].mean for _, m in table.points])
-    _style(axes, _axis(x_axis), metric)
-    if len(groups) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    return _picture(figure, name, f"{metric} over {_axis(x_axis)}; whiskers are ± 1 standard error.")
-
-
-def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
-    """A heat map of a metric over two axes of a sweep, each cell with its number."""
-    from matplotlib.colors import LogNorm, Normalize
-
-    columns = _ordered({_key(values[0]): values[0] for values, _ in table.points})
-    rows = _ordered({_key(values[1]): values[1] for values, _ in table.points})
-    means = {(_key(values[0]), _key(values[1])): metrics[metric].mean for values, metrics in table.points}
-    finite = [value for value in means.values() if math.isfinite(value)] or [1.0]
-    wide = min(finite) > 0 and max(finite) > 20 * min(finite)
-    scale = (LogNorm if wide else Normalize)(min(finite), max(finite) if max(finite) > min(finite) else min(finite) + 1)
-    figure, axes = _figure(WIDTH, max(2.8, 1.2 + 0.52 * len(rows)))
-    colours = _map()
-    for i, column in enumerate(columns):
-        for j, row in enumerate(rows):
-            value = means.get((_key(column), _key(row)))
-            if value is None:
-                continue
-            share = float(scale(value)) if math.isfinite(value) else 1.0
-            axes.add_patch(_rectangle(i, j, colours(share)))
-            dark = "#ffffff" if share > 0.4 else "#141414"
-            axes.text(i, j, number(value, 3), ha="center", va="center", fontsize=8, color=dark)
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), [label(value) for value in columns])
-    axes.set_yticks(range(len(rows)), [label(value) for value in rows])
-    _style(axes, _axis(table.axes[0]), _axis(table.axes[1]), grid="")
-    colour = "logarithmic colours" if wide else "linear colours"
-    return _picture(figure, name, f"{metric} over {_axis(table.axes[0])} and {_axis(table.axes[1])}, {colour}.")
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of that size in inches, drawn without a display."""
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of that size in inches, drawn without a display, and its axes: an array of them if there are several."""
     import matplotlib
 
     style: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.parse_math": False}
     matplotlib.rcParams.update(style)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    made = Figure(figsize=(width, height), layout="constrained")
+    return made, made.subplots(rows, columns)
 
 
-def _picture(figure: Any, name: str, caption: str) -> Picture:
+def picture(drawn: Any, name: str, caption: str) -> Picture:
+    """A drawn figure as files and as part of a page."""
     import matplotlib
 
     svg, png = io.StringIO(), io.BytesIO()
     # The salt names clip paths and markers: another one for each plot, for they share one page.
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        drawn.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     text = re.sub(r"[ \t]+$", "", svg.getvalue(), flags=re.M)
     return Picture(name, caption, text, png.getvalue(), _inline(text, caption))
 
@@ -169,7 +117,8 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def _style(axes: Any, x: str, y: str, grid: str = "both") -> None:
+def style(axes: Any, x: str, y: str, grid: str = "both") -> None:
+    """Labels, ticks, spines and grid (both, x, or none) as everywhere."""
     axes.set_xlabel(x, color=MUTED)
     axes.set_ylabel(y, color=MUTED)
     axes.tick_params(colors=MUTED, labelcolor=INK, length=3)
@@ -202,18 +151,6 @@ def _patch(colour: str, label: str) -> Any:
     return Patch(color=colour, label=label)
 
 
-def _rectangle(x: float, y: float, colour: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="none")
-
-
-def _map() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("errata", ["#dfe8f7", "#7ea3de", "#3565c4", "#3a2a78", "#2a0d3a"])
-
-
 def _engineering() -> Any:
     from matplotlib.ticker import EngFormatter
 
@@ -222,25 +159,3 @@ def _engineering() -> Any:
 
 def _dash(index: int) -> Any:
     return ("-", (0, (4, 1.5)), (0, (1, 1.2)))[index // MAX_SERIES % 3]
-
-
-def _log_if_wide(axes: Any, values: Sequence[float]) -> None:
-    finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
-        axes.set_yscale("log")
-
-
-def _key(value: Any) -> str:
-    return repr(value)
-
-
-def _ordered(values: Mapping[str, Any]) -> list[Any]:
-    """Numbers by size, anything else as it came."""
-    found = list(values.values())
-    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in found)
-    return sorted(found) if numeric else found
-
-
-def _axis(name: str) -> str:
-    """A setting's name as it stands at an axis."""
-    return name.removeprefix("transform.")

@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline_lib.config.errors import UserError, closest
-from pipeline_lib.reporting.numbers import Measured
+from pipeline_lib.reporting.numbers import Measured, label, main_metric
 from pipeline_lib.reporting.tables import to_csv
 
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep: `points[i]` holds the values of `axes` and the metrics of one point; axis values are JSON values."""
+    """A sweep.
+
+    Attributes:
+        points: of each, the values of `axes` (JSON values) and the metrics.
+        metric: the one that pictures show, if it was chosen.
+    """
 
     axes: list[str]
     metrics: list[str]
     points: list[tuple[list[Any], dict[str, Measured]]]
+    metric: str | None = None
+
+    def main_metric(self, favourites: Sequence[str] = ()) -> str:
+        """The metric that pictures show: the chosen one, else one of `favourites`, else the usual one."""
+        return self.metric or main_metric(self.metrics, favourites)
 
     def csv(self) -> str:
         """Axis columns, then `<metric>`, `<metric>_stderr`, `<metric>_n` for each metric."""
@@ -40,6 +50,7 @@ def make_sweep(
     rows: Sequence[Sequence[Any]],
     arms: Sequence[dict[str, Any]],
     metrics: Sequence[str] | None = None,
+    metric: str | None = None,
 ) -> SweepTable:
     """The table of a sweep.
 
@@ -48,13 +59,14 @@ def make_sweep(
         rows: their values, one list a point.
         arms: `result` of each point's evaluation.
         metrics: the metrics to keep; None = all.
+        metric: the one that pictures show; None = the usual one.
 
     Raises:
         UserError: the points are of different tasks, or have no such metric.
     """
     known = sorted(arms[0]["metrics"])
     chosen = list(metrics) if metrics is not None else known
-    for name in chosen:
+    for name in [*chosen, *([metric] if metric else [])]:
         if name not in known:
             raise UserError("the task has no such metric", value=name, allowed=known, fix=closest(name, known))
     for arm in arms:
@@ -64,11 +76,11 @@ def make_sweep(
         (list(values), {name: _over_seeds(arm["metrics"][name]) for name in chosen})
         for values, arm in zip(rows, arms, strict=True)
     ]
-    return SweepTable(list(columns), chosen, points)
+    return SweepTable(list(columns), chosen, points, metric)
 
 
-def read_sweep(text: str) -> SweepTable:
-    """The sweep in a CSV that `SweepTable.csv` wrote."""
+def read_sweep(text: str, metric: str | None = None) -> SweepTable:
+    """The sweep in a CSV that `SweepTable.csv` wrote, and the metric its pictures show, if one was chosen."""
     header, *lines = list(csv.reader(io.StringIO(text)))
     known = set(header)
     metrics = [name for name in header if {f"{name}_stderr", f"{name}_n"} <= known]
@@ -83,7 +95,17 @@ def read_sweep(text: str) -> SweepTable:
             for name in metrics
         }
         points.append(([_value(cell[axis]) for axis in axes], figures))
-    return SweepTable(axes, metrics, points)
+    return SweepTable(axes, metrics, points, metric)
+
+
+def point_name(axes: Sequence[str], values: Sequence[Any]) -> str:
+    """What tells a point from the others, in words: `p_frac = 2⁻¹⁰, operand = weights`."""
+    return ", ".join(f"{axis_name(axis)} = {label(value)}" for axis, value in zip(axes, values, strict=True))
+
+
+def axis_name(axis: str) -> str:
+    """A setting's name as people read it."""
+    return axis.removeprefix("transform.")
 
 
 def _over_seeds(figures: dict[str, Any]) -> Measured:

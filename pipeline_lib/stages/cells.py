@@ -16,12 +16,13 @@ def make_missing_cells(spec: dict[str, Any], threads: int | None) -> int:
     """Evaluate the cells of a sweep that are not in the store yet; returns the first exit code that is not 0.
 
     Each is published when it is done, so a sweep that is killed half-way goes on from there. The evaluation
-    keeps the checkpoint of the last cell in memory; cells are taken checkpoint by checkpoint.
+    keeps the checkpoint of the last cell in memory; cells are taken checkpoint by checkpoint, first the clean one that
+    others are compared with.
     """
     ids = dict.fromkeys(entry["id"] for entry in spec["inputs"].values())
     missing = [node_id for node_id in ids if not (STORE / "evaluate" / node_id / MANIFEST).exists()]
     with Progress("sweep", len(ids), "cells", done=len(ids) - len(missing)) as progress:
-        for node_id in sorted(missing, key=_checkpoint):
+        for node_id in sorted(missing, key=_order):
             code = runner.run_stage(Path(STORE / "evaluate" / node_id / MANIFEST), threads)
             if code:
                 return code
@@ -29,5 +30,6 @@ def make_missing_cells(spec: dict[str, Any], threads: int | None) -> int:
     return 0
 
 
-def _checkpoint(node_id: str) -> str:
-    return read_json(spec_path("evaluate", node_id))["inputs"]["checkpoint"]["id"]
+def _order(node_id: str) -> tuple[str, bool]:
+    inputs = read_json(spec_path("evaluate", node_id))["inputs"]
+    return inputs["checkpoint"]["id"], "clean" in inputs

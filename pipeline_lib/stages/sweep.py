@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from pipeline_lib.artifacts.files import read_json, write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.reporting.sweeps import make_sweep
+from pipeline_lib.evaluation.records import write_readable
+from pipeline_lib.reporting.sweep_plots import sweep_pictures
+from pipeline_lib.reporting.sweeps import make_sweep, point_name
 
 
 def run(job: Job) -> None:
-    """Collect the evaluate artifacts `00000`, `00001`, … into table.csv, in the order of `settings.rows`."""
+    """Collect the evaluate artifacts `00000`, `00001`, … into table.csv, in the order of `settings.rows`.
+
+    Beside it lie its picture, table.svg and table.png, and the readable files of a task whose runs leave records.
+    """
     rows = job.settings["rows"]
     arms = [read_json(job.inputs[f"{index:05}"] / "result.json")["result"] for index in range(len(rows))]
-    table = make_sweep(job.settings["columns"], rows, arms, job.settings.get("metrics"))
+    chosen = job.settings.get("metrics"), job.settings.get("metric")
+    table = make_sweep(job.settings["columns"], rows, arms, *chosen)
     write_bytes(job.out / "table.csv", table.csv().encode())
+    for picture in sweep_pictures(table, table.main_metric(), "table")[:1]:
+        write_bytes(job.out / "table.svg", picture.svg.encode())
+        write_bytes(job.out / "table.png", picture.png)
+    clean = {"clean": job.inputs["clean"]} if "clean" in job.inputs else {}
+    points = {point_name(table.axes, values): job.inputs[f"{index:05}"] for index, values in enumerate(rows)}
+    write_readable(job.out, "table", arms[0]["task"], {**clean, **points})
     result = {"axes": table.axes, "metrics": table.metrics, "points": len(table.points), "task": arms[0]["task"]}
+    if table.metric is not None:
+        result["metric"] = table.metric
     write_json(job.out / "sweep.json", {"result": result, "provenance": {}})

@@ -111,7 +111,8 @@ def _sweep_upstream(node: Node) -> list[str]:
                 continue
             _asked[cell.path] = cell
             if not os.path.exists(f"{cell.path}/{store.MANIFEST}"):
-                needed.update({f"{upstream.path}/{store.MANIFEST}": None for upstream in cell.inputs.values()})
+                upstream = [node for node in cell.inputs.values() if node.path not in unique]
+                needed.update({f"{node.path}/{store.MANIFEST}": None for node in upstream})
     return list(needed)
 
 

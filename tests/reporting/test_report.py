@@ -144,13 +144,40 @@ def test_bars_bear_any_number(mean: float) -> None:
 
 
 def test_sweeps_of_any_shape_are_drawn(tmp_path: Path) -> None:
-    from pipeline_lib.reporting.html import _sweep_pictures
+    from pipeline_lib.reporting.sweep_plots import sweep_pictures
 
     def sweep(axes: int, size: int, value: Any) -> SweepTable:
         points: list[Any] = [([i % 3] * (axes - 1) + [i], {"m": Measured(value, None, 1)}) for i in range(size)]
         return SweepTable([f"a{i}" for i in range(axes)], ["m"], points)
 
-    assert len(_sweep_pictures("s", sweep(1, 1, 2.0), [])) == 1
-    assert len(_sweep_pictures("s", sweep(1, 4, math.inf), [])) == 1
-    assert len(_sweep_pictures("s", sweep(2, 4, math.nan), [])) == 2
-    assert _sweep_pictures("s", sweep(3, 20, 1.0), []) == []
+    for axes, size, mean, pictures in [(1, 1, 2.0, 1), (1, 4, math.inf, 1), (2, 4, math.nan, 2), (3, 20, 1.0, 2)]:
+        drawn = sweep_pictures(sweep(axes, size, mean), "m", "s")
+        assert len(drawn) == pictures
+        for picture in drawn:
+            ElementTree.fromstring(picture.svg)
+
+
+def test_axes_beyond_two_are_panels_and_every_cell_is_there() -> None:
+    from itertools import product
+
+    from pipeline_lib.reporting.sweep_plots import sweep_pictures
+
+    axes = ["transform.bitflip.weight.p", "p_frac", "operand", "layers"]
+    values = product([0, 2.0**-12], [0, 0.5], ["weights", "activations"], ["attention", "mlp"])
+    found: Any = [(list(point), {"ppl": Measured(100.0 + i, 0.5, 3)}) for i, point in enumerate(values)]
+    heat, curves = sweep_pictures(SweepTable(axes, ["ppl"], found), "ppl", "s")
+    text = " ".join(ElementTree.fromstring(heat.svg).itertext())
+    assert all(f"{100 + i}" in text for i in range(16))
+    for title in ("operand = weights, layers = attention", "operand = activations, layers = mlp"):
+        assert title in text
+        assert title in " ".join(ElementTree.fromstring(curves.svg).itertext())
+    assert heat.caption == "ppl over bitflip.weight.p and p_frac, a panel for each operand and layers, linear colours."
+
+
+def test_a_picture_hides_what_it_has_no_point_for() -> None:
+    from pipeline_lib.reporting.sweep_plots import sweep_pictures
+
+    points: Any = [([a, b, c], {"m": Measured(1.0 + a, None, 1)}) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2)]
+    [heat, _] = sweep_pictures(SweepTable(["a", "b", "c"], ["m"], points), "m", "s")
+    text = " ".join(ElementTree.fromstring(heat.svg).itertext())
+    assert [f"c = {c}" in text for c in range(4)] == [True, True, True, False]

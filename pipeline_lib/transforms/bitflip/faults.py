@@ -26,6 +26,7 @@ class BitFlips(Fault):
     def __init__(self, operands: dict[str, Operand], chip_seed: int = 0, shared_input: bool = False) -> None:
         self.roles = frozenset(operands)
         self._plans = {role: _plans(operand) for role, operand in operands.items()}
+        self._highest = {role: max(map(int, operand.bits), default=0) for role, operand in operands.items()}
         self._thresholds = {role: operand.zero_out for role, operand in operands.items()}
         self._stuck = {role: _stuck_plans(operand) for role, operand in operands.items() if _is_stuck(operand)}
         self.chip_seed = chip_seed if self._stuck else None
@@ -35,12 +36,20 @@ class BitFlips(Fault):
         """`tensor` with the flips of its rows and elements and what is stuck in their memory, gated by the zero-out
         threshold if it is of floats. The gradient passes the faults unchanged, and the gate where it is open."""
         plan = self._plans[role].get(tensor.dtype)
+        if plan is None and tensor.dtype in DTYPES:
+            raise UserError(
+                f"{tensor.dtype} has no bit {self._highest[role]}",
+                where=f"transform bitflip: {role}.bits",
+                value=self._highest[role],
+                allowed=f"0 to {8 * tensor.dtype.itemsize - 1}",
+                fix="name bits that the dtype of the model has",
+            )
         if plan is None:
             raise UserError(
                 "bits of this dtype cannot flip",
                 value=str(tensor.dtype),
                 allowed=(str(dtype) for dtype in self._plans[role]),
-                fix="run the model in float32, bfloat16 or float16, with p_bits of bits that it has",
+                fix="run the model in float32, bfloat16 or float16",
             )
         threshold = self._thresholds[role] if tensor.dtype.is_floating_point else None
         where = (draw.first_row, draw.first_element)
@@ -67,7 +76,8 @@ class BitFlip(Transform):
 
 
 def _plans(operand: Operand) -> dict[torch.dtype, FlipPlan]:
-    bits = {int(bit): p for bit, p in (operand.p_bits or {}).items()}
+    """The plan for each dtype that has the bits which the operand names."""
+    bits = {int(bit): p for bit, p in operand.bits.items()}
     fitting = [dtype for dtype in DTYPES if all(bit < 8 * dtype.itemsize for bit in bits)]
     return {dtype: plan_for(dtype, operand.p, operand.p_exp, operand.p_frac, bits) for dtype in fitting}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline_lib.config.base import Settings as Base
@@ -23,7 +23,6 @@ OPERANDS: dict[str, dict[str, str]] = {
 LAYERS: Any = {IN_LAYERS: {}}
 
 
-_BITS = {str(bit) for bit in range(32)}
 _MOST = 14  # different probabilities in one plan
 
 
@@ -35,6 +34,19 @@ def _check_probability(p: float) -> float:
 
 
 Probability = Annotated[float, AfterValidator(_check_probability)]
+
+
+def _check_bits(value: Any) -> Any:
+    """Keys as the strings that a spec holds; a bit that is given anew, by a pattern, counts last."""
+    if not isinstance(value, dict):
+        raise ValueError(f"bits must map bit numbers to probabilities, got {value!r}")
+    for key in value:
+        if isinstance(key, bool) or not str(key).isdecimal() or int(key) > 31:
+            raise ValueError(f"{key!r} is no bit number; allowed are 0, the least significant bit, to 31")
+    return {str(int(key)): p for key, p in value.items()}
+
+
+Bits = Annotated[dict[str, Probability], BeforeValidator(_check_bits)]
 
 
 class Operand(Base):
@@ -49,31 +61,22 @@ class Operand(Base):
     p_frac: Probability | None = Field(
         default=None, description="instead of p, for the fraction bits of a floating-point operand; null: as p"
     )
-    p_bits: dict[str, Probability] | None = added(
-        default=None,
-        description="instead of the above, for single bits: {number of the bit, 0 the least significant: probability}, "
-        "as in {15: 1e-3, 14: 0} for the sign and the highest exponent bit of bfloat16; null: none",
-    )
     zero_out: float | None = Field(
         default=None,
         ge=0,
         description="zero-out threshold t, at least 0: after the flips, floating-point values that are not |x| < t, "
         "NaN and infinity among them, become 0; null: no guard",
     )
-
-    @field_validator("p_bits", mode="before")
-    @classmethod
-    def _name_bits(cls, bits: Any) -> Any:
-        """YAML's numbers as the strings that JSON has."""
-        return {str(bit): p for bit, p in bits.items()} if isinstance(bits, dict) else bits
+    bits: Bits = added(
+        {},
+        "instead of all the above probabilities, for single bits: {bit: p}; bit 0 is the least significant one, of an "
+        "fp32 operand 31 is the sign and 30 to 23 the exponent, of bf16 15 and 14 to 7, of fp16 15 and 14 to 10",
+    )
 
     @model_validator(mode="after")
-    def _check_bits(self) -> Operand:
-        for bit in self.p_bits or {}:
-            if bit not in _BITS:
-                raise ValueError(f"p_bits: {bit!r} is not the number of a bit; allowed are 0 to 31")
-        if len({*(self.p_bits or {}).values(), self.p, self.p_exp, self.p_frac}) > _MOST:
-            raise ValueError(f"p_bits: more than {_MOST - 3} different probabilities in one operand")
+    def _count_probabilities(self) -> Operand:
+        if len({*self.bits.values(), self.p, self.p_exp, self.p_frac}) > _MOST:
+            raise ValueError(f"bits: more than {_MOST - 3} different probabilities in one operand")
         return self
 
     @property
@@ -83,7 +86,7 @@ class Operand(Base):
 
     def transient(self) -> list[float]:
         """All probabilities that are drawn anew at each read."""
-        return [p for p in (self.p, self.p_exp, self.p_frac, *(self.p_bits or {}).values()) if p is not None]
+        return [p for p in (self.p, self.p_exp, self.p_frac, *self.bits.values()) if p is not None]
 
 
 class Memory(Operand):
@@ -120,10 +123,10 @@ class Settings(Base):
     type: Literal["bitflip"] = "bitflip"
     weight: Memory = Field(
         default_factory=Memory,
-        description="the weight of a linear layer: p, p_exp, p_frac, p_bits, zero_out, stuck_at_0, stuck_at_1",
+        description="the weight of a linear layer: p, p_exp, p_frac, bits, zero_out, stuck_at_0, stuck_at_1",
     )
     input: Operand = Field(
-        default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, p_bits, zero_out"
+        default_factory=Operand, description="the input of a linear layer: p, p_exp, p_frac, bits, zero_out"
     )
     shared_input: bool = added(
         default=False,

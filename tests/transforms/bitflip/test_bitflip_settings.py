@@ -29,6 +29,10 @@ from pipeline_lib.transforms.bitflip import Settings
         ({"sites": {"*.mlp.*": {"inptu": {"p": 0.2}}}}, ["sites.*.mlp.*.inptu", "input"]),
         ({"sites": {"*.mlp.*": {"input": {"{p}": 0.2}}}}, ["{p}", "p_frac"]),
         ({"sites": {}}, ["sites"]),
+        ({"weight": {"bits": {32: 0.1}}}, ["weight.bits", "32", "0, the least significant bit, to 31"]),
+        ({"weight": {"bits": {"sign": 0.1}}}, ["weight.bits", "sign"]),
+        ({"weight": {"bits": {3: 1.5}}}, ["weight.bits.3", "1.5", "[0, 1]"]),
+        ({"weight": {"bits": [0.1]}}, ["weight.bits"]),
     ],
 )
 def test_wrong_settings_are_told_in_one_message(settings: dict[str, Any], words: list[str]) -> None:
@@ -58,3 +62,28 @@ def test_settings_are_read_without_torch() -> None:
         "Settings(weight={'p': 1e-3}); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bits_survive_a_spec_and_patterns_change_single_ones() -> None:
+    given: dict[str, Any] = {"weight": {"bits": {31: 0.5, 3: 1e-3}}, "sites": {"*": {"weight": {"bits": {3: 0.0}}}}}
+    settings = Settings.model_validate(given)
+    assert Settings.model_validate(settings.semantic()) == settings
+    assert settings.semantic()["weight"]["bits"] == {"31": 0.5, "3": 1e-3}
+    assert settings.at(settings.sites[0][1] or {}).weight.bits == {"31": 0.5, "3": 0.0}
+    assert "bits" not in Settings().semantic()["weight"], "results made before there were such settings stand"
+
+
+@pytest.mark.parametrize(
+    ("given", "random"),
+    [
+        ({}, False),
+        ({"weight": {"p": 1.0, "zero_out": 2.0}}, False),
+        ({"weight": {"p": 1e-9}}, True),
+        ({"input": {"p_exp": 0.5}}, True),
+        ({"input": {"bits": {0: 0.5}}}, True),
+        ({"sites": {"*.mlp.*": {"weight": {"p": 0.1}}, "*": {}}}, True),
+        ({"key": {"p": 0.1}}, True),
+    ],
+)
+def test_only_chance_needs_fault_seeds(given: dict[str, Any], random: bool) -> None:
+    assert Settings.model_validate(given).random_faults is random

@@ -20,7 +20,7 @@ def test_the_settings_are_valid() -> None:
     [block] = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.M | re.S)
     settings = validate(Settings, yaml.safe_load(block)["transforms"]["bitflip"], "the page")
     assert settings.shared_input
-    assert settings.weight.p_bits == {"31": 0.0, "30": 1e-3}
+    assert settings.weight.bits == {"31": 0.0, "30": 1e-3}
 
 
 def test_the_figures_are_those_of_the_benchmark() -> None:

@@ -1,0 +1,133 @@
+"""Sweeps: axes that are settings, axes that have names, and what is refused while planning."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.load import read_yaml
+from pipeline_lib.config.plan import Plan
+from pipeline_lib.config.sweeps import points
+from tests.workflow.clone import ROOT, TINY, write_words
+
+GRID: dict[str, Any] = {
+    "p": [0, 0.1],
+    "operand": {"weights": "weight", "activations": "input"},
+    "layers": {"attention": "*.self_attn.*", "mlp": "*.mlp.*"},
+}
+SETTINGS = {"transform.bitflip.{operand}.p_frac": "{p}", "transform.bitflip.sites": {"{layers}": {}}}
+
+
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **sweep: Any) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path / "data")
+    config = copy.deepcopy(TINY)
+    config["experiments"]["flipped"] = {
+        "from": "plain-tiny",
+        "transform": {"bitflip": {"weight": {"p": 0}, "input": {"p": 0}}},
+    }
+    config["sweeps"] = {"s": {"experiment": "flipped", "task": "words", **sweep}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return Plan.load()
+
+
+def test_named_axes_stand_in_keys_and_values() -> None:
+    found = list(points(GRID, SETTINGS, "sweeps.s"))
+    assert len(found) == 8
+    assert found[5] == (
+        [0.1, "weights", "mlp"],
+        {"transform.bitflip.weight.p_frac": 0.1, "transform.bitflip.sites": {"*.mlp.*": {}}},
+    )
+    assert found[-1][0] == [0.1, "activations", "mlp"]
+
+
+def test_an_axis_that_no_setting_names_is_a_setting() -> None:
+    assert list(points({"a.b": [1, 2]}, {}, "s")) == [([1], {"a.b": 1}), ([2], {"a.b": 2})]
+    assert list(points({"a.b": [1], "n": ["v"]}, {"c.{n}": "w{n}"}, "s")) == [([1, "v"], {"a.b": 1, "c.v": "wv"})]
+
+
+@pytest.mark.parametrize(
+    ("grid", "settings", "words"),
+    [
+        ({"p": [1]}, {"a": "{q}"}, ["no such axis", "{q}", "p"]),
+        ({"p": []}, {"a": "{p}"}, ["needs values", "grid.p"]),
+        ({"p": [1], "q": ["p"]}, {"{q}": "{p}", "p": 2}, ["two settings become one"]),
+    ],
+)
+def test_wrong_axes_are_refused(grid: dict[str, Any], settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        list(points(grid, settings, "config.yaml: sweeps.s"))
+    for word in ["config.yaml: sweeps.s", *words]:
+        assert word in str(error.value)
+
+
+def test_points_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = plan(tmp_path, monkeypatch, grid=GRID, settings=SETTINGS).sweep("s")
+    assert node.settings["columns"] == ["p", "operand", "layers"]
+    arm = node.inputs["00005"]
+    [transform] = arm.settings["transform"]
+    assert transform["weight"]["p_frac"] == 0.1
+    assert transform["weight"]["zero_out"] == 1.25, "what the sweep does not set stays"
+    assert transform["sites"] == [["*.mlp.*", {}]]
+    assert arm.settings["fault_seeds"] == [0, 1]
+    assert node.inputs["00000"].settings["fault_seeds"] == [0], "without flips nothing is random"
+
+
+def test_unknown_settings_and_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = plan(tmp_path, monkeypatch, grid={"p": [0.1]}, settings={"transform.bitflip.wieght.p": "{p}"})
+    with pytest.raises(UserError, match=r"sweeps\.s\.settings(.|\n)*no such setting(.|\n)*weight"):
+        wrong.sweep("s")
+    with pytest.raises(UserError, match="nothing of that name"):
+        wrong.view("results/sweeps/s.pdf")
+
+
+def test_a_sweep_on_request_is_no_part_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = plan(tmp_path, monkeypatch, grid=GRID, settings=SETTINGS, on_request=True)
+    assert not any("sweeps" in target for target in asked.targets())
+    assert not any("sweep" in role for role in asked.report().inputs)
+    assert asked.view("results/sweeps/s.csv")[1] == "table.csv"
+    always = plan(tmp_path, monkeypatch, grid=GRID, settings=SETTINGS)
+    assert "results/sweeps/s.svg" in always.targets()
+    assert "sweep:s" in always.report().inputs
+
+
+def test_each_kind_of_flip_is_set_from_config_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities by group and by bit, thresholds, operands, layers: as they reach the stage."""
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path / "data")
+    config = copy.deepcopy(TINY)
+    flips = {
+        "weight": {"p_exp": 0.0, "p_frac": 2.0**-10, "zero_out": 1.25},
+        "input": {"p": 1e-4, "bits": {31: 0.0, 30: 1e-6}, "zero_out": 30.0},
+        "sites": {"model.layers.0.*": None, "*.down_proj": {"input": {"zero_out": 60.0}}, "*.layers.*": {}},
+    }
+    config["models"]["of-the-hub"] = {"hub": {"repo": "owner/name"}, "tasks": ["words"]}
+    config["experiments"]["flips"] = {"model": "of-the-hub", "transform": {"bitflip": flips}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    loaded = Plan.load()
+    arms = loaded.resolver.arms(loaded.resolver.experiments.get("flips"), "words")
+    [transform] = arms["transformed"].settings["transform"]
+    assert transform["weight"] == {"p": 1e-3, "p_exp": 0.0, "p_frac": 2.0**-10, "zero_out": 1.25}
+    assert transform["input"]["bits"] == {"31": 0.0, "30": 1e-6}
+    assert transform["sites"][1] == ["*.down_proj", {"input": {"zero_out": 60.0}}]
+    assert arms["transformed"].settings["fault_seeds"] == [0, 1]
+    assert arms["clean"].settings["transform"] == []
+    assert loaded.resolver.experiments.get("flips").recipe_name == "none"
+
+
+def test_the_ready_sweeps_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the repository's own config.yaml: all on one checkpoint, so that one process evaluates them."""
+    monkeypatch.chdir(ROOT)
+    loaded = Plan.load()
+    for name in read_yaml(ROOT / "config.yaml")["sweeps"]:
+        node = loaded.sweep(name)
+        assert len({cell.inputs["checkpoint"].path for cell in node.inputs.values()}) == 1
+    texts = loaded.sweep("flip-texts")
+    assert {cell.inputs.get("clean", texts.inputs["clean"]).path for cell in texts.inputs.values()} == {
+        texts.inputs["clean"].path
+    }

@@ -1,0 +1,56 @@
+"""The study of flip kinds is of today's configuration, and the page on bit flips shows its figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from studies.flips import settings, summary, table
+from studies.report import ROOT, load
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, Any]:
+    return load("flips")
+
+
+def test_settings_are_those_of_config_yaml(study: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changes the model, the recipe, the task or the sweep runs it again."""
+    monkeypatch.chdir(ROOT)
+    assert study["settings"] == settings()
+
+
+def test_every_point_of_the_grid_is_there(study: dict[str, Any]) -> None:
+    sweep, grid = table(study), study["settings"]["sweep"]["grid"]
+    assert set(sweep.axes) == set(grid)
+    size = 1
+    for values in grid.values():
+        size *= len(values)
+    assert len({repr(values) for values, _ in sweep.points}) == len(sweep.points) == size
+    clean = [figures["byte_perplexity"] for values, figures in sweep.points if values[:2] == [0, 0]]
+    assert len({measured.mean for measured in clean}) == 1, "without flips, where they are not makes no difference"
+    assert all(measured.n == 1 for measured in clean)
+    others = [figures["byte_perplexity"] for values, figures in sweep.points if values[:2] != [0, 0]]
+    assert all(measured.n == study["settings"]["fault_seeds"] and measured.stderr for measured in others)
+
+
+def test_the_page_shows_the_table_and_the_map(study: dict[str, Any]) -> None:
+    page = (ROOT / "docs" / "bitflip.md").read_text()
+    assert summary(study) in page
+    assert "](images/flip-kinds.svg)" in page
+
+
+def test_what_the_page_says_in_words_holds(study: dict[str, Any]) -> None:
+    at = {tuple(values): figures["byte_perplexity"].mean for values, figures in table(study).points}
+    clean = at[0, 0, "weights", "mlp"]
+    classes = {point[2:] for point in at}
+    assert max(at[2.0**-12, 0, *rest] for rest in classes) <= 1.003 * clean
+    assert max(at[0, 0.5, *rest] for rest in classes) <= 1.02 * clean
+    for p in (2.0**-8, 2.0**-4):
+        for layers in ("attention", "mlp"):
+            assert at[p, 0, "weights", layers] > at[p, 0, "activations", layers]
+        for operand in ("weights", "activations"):
+            assert at[p, 0, operand, "mlp"] > at[p, 0, operand, "attention"]
+    for rest in classes:
+        assert at[2.0**-4, 0, *rest] > at[0, 2.0**-4, *rest], "sign and exponent matter most"
