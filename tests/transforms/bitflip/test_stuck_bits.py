@@ -153,9 +153,6 @@ def test_only_a_chip_needs_no_fault_seeds() -> None:
         ({"weight": {"stuck_at_0": 0.7, "stuck_at_1": 0.4}}, ["weight", "at most 1"]),
         ({"weight": {"stuck_at_2": 0.7}}, ["stuck_at_2", "did you mean"]),
         ({"input": {"stuck_at_0": 0.1}}, ["input.stuck_at_0"]),
-        ({"weight": {"bits": {32: 0.1}}}, ["weight", "'32'", "0 to 31"]),
-        ({"weight": {"bits": {"sign": 0.1}}}, ["weight", "'sign'", "0 to 31"]),
-        ({"weight": {"bits": {3: 1.1}}}, ["weight.bits.3", "[0, 1]"]),
         ({"weight": {"bits": {i: 0.01 * i for i in range(20)}}}, ["weight", "different probabilities"]),
         ({"chip_seed": -1}, ["chip_seed"]),
     ],
@@ -165,22 +162,3 @@ def test_wrong_settings_are_told(settings: dict[str, Any], words: list[str]) -> 
         validate(Settings, settings, "config.yaml: transforms.bitflip")
     for word in words:
         assert word in str(error.value)
-
-
-def test_single_bits_have_their_own_probability() -> None:
-    applied, (layer,) = linear(weight={"p": 0.05, "p_exp": 0.1, "bits": {31: 0.0, 0: 0.3, 1: 0.3}})
-    counts = count_bits(read(applied, layer), 32)
-    for mask, p in ((1 << 31, 0.0), (0b11, 0.3), (0x007FFFFC, 0.05), (0x7F800000, 0.1)):
-        assert rate_problem(counts, SHAPE[0] * SHAPE[1], mask, p) is None
-    assert rate_problem(counts, SHAPE[0] * SHAPE[1], 1 << 31, 0.5) is not None
-    semantic = Settings.model_validate({"input": {"bits": {31: 0.5}}}).semantic()
-    assert semantic["input"]["bits"] == {"31": 0.5}
-    assert Settings.model_validate(semantic).semantic() == semantic
-
-
-def test_a_bit_that_a_dtype_has_not_is_an_error() -> None:
-    fault = BitFlips(Settings.model_validate({"weight": {"bits": {15: 0.5}}}).operands("linear"))
-    zero = torch.tensor(0)
-    fault(torch.ones(1, 4, dtype=torch.bfloat16), "weight", Draw(zero, zero, zero))
-    with pytest.raises(UserError, match="int8"):
-        fault(torch.ones(1, 4, dtype=torch.int8), "weight", Draw(zero, zero, zero))
