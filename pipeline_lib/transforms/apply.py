@@ -47,6 +47,8 @@ class Applied:
 
     Attributes:
         context: where in the fault streams the next forward pass stands; `context.begin` comes before each.
+        entries: the settings of the composition, as they were given.
+        at: the sites with their functions.
         report: plain JSON. `settings`: {setting: its values}, where a setting is named `index:type:pattern`; `layers`:
             {site: [setting, …]}; `histogram`: {setting: {kind of site: number}}.
     """
@@ -54,6 +56,7 @@ class Applied:
     def __init__(self, model: nn.Module, context: FaultContext, report: dict[str, Any]) -> None:
         self.model, self.context, self.report = model, context, report
         self.at: list[tuple[Found, SiteFunctions]] = []
+        self.entries: tuple[dict[str, Any], ...] = ()
         self.transforms: list[Transform] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -112,6 +115,7 @@ def apply(
     context = FaultContext(seed, global_batch, fault_devices)
     context.on(lambda: next((p.device for p in model.parameters()), torch.device("cpu")))
     applied = Applied(model, context, {"settings": {}, "layers": {}, "histogram": {}})
+    applied.entries = tuple(transform)
     chosen: dict[int, list[tuple[int, Function]]] = {}
     for index, entry in enumerate(transform):
         _choose(index, entry, found, chosen, applied)

@@ -75,6 +75,12 @@ class SiteFunctions:
         """Whether anything happens to this operand before the operands meet."""
         return (self.store is not None and role in self.store.roles) or self.is_faulty(role)
 
+    @property
+    def packed_store(self) -> Store | None:
+        """The store of the weight if it holds packed tensors, which the operation then reads as they are."""
+        store = self.store if self.compute is None else None
+        return store if store is not None and store.packed("weight") is not None else None
+
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""
         return any(role in fault.roles for _, fault in self.faults)
@@ -139,12 +145,16 @@ class SiteFunctions:
         Args:
             stored: what `encode(value, role)` gave.
         """
+        return self.decode(value, self.faulty(stored, role, first_sequence), role)
+
+    def faulty(self, stored: dict[str, Tensor], role: str, first_sequence: int = 0) -> dict[str, Tensor]:
+        """The stored tensors of a weight as that virtual device has them in memory."""
         faulty = dict(stored)
         for index, fault, part in self._faulty_parts(role):
             tensor = faulty[part].unsqueeze(0)
             draw = self.context.weight(self._streams[index, role, part], tensor, first_sequence)
             faulty[part] = fault(tensor, role, draw).squeeze(0)
-        return self.decode(value, faulty, role)
+        return faulty
 
     def encode(self, value: Tensor, role: str) -> dict[str, Tensor]:
         """The stored tensors of an operand; {"value": value} where nothing stores it."""

@@ -28,6 +28,9 @@ class LinearAtSite:
         if context.tokens is not None and input.ndim > 2:
             first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
         input = functions.activation(input, "input", first)
+        packed = functions.packed_store
+        if packed is not None:
+            return _by_device(functions, input, self.weight, lambda part, s: packed.multiply(s, part, self.bias), True)
         return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
     def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -51,6 +54,15 @@ class EmbeddingAtSite:
                 "position embeddings are looked up once for all sequences and cannot differ between virtual devices",
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
+            )
+        packed = functions.packed_store
+        if packed is not None:  # only the rows that are asked for are decoded
+            return _by_device(
+                functions,
+                input,
+                self.weight,
+                lambda ids, stored: packed.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                True,
             )
         return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
 
@@ -82,18 +94,24 @@ class InnerAttentionAtSites:
         return self.attention_sites.attend(q, k, v, mask=None, scale=factor, is_causal=is_causal)[0]
 
 
-def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads."""
+def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any, packed: bool = False) -> Tensor:
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its packed tensors."""
     if not functions.holds("weight"):
         return meet(operand, weight)
     stored = functions.encode(weight, "weight")
+
+    def loaded(first_sequence: int) -> Any:
+        if packed:
+            return functions.faulty(stored, "weight", first_sequence)
+        return functions.weight(stored, weight, "weight", first_sequence)
+
     pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
     if pieces == 1:
-        return meet(operand, functions.weight(stored, weight, "weight"))
+        return meet(operand, loaded(0))
     size = operand.shape[0] // pieces
     return torch.cat(
         [
-            meet(part, functions.weight(stored, weight, "weight", index * size))
+            meet(part, loaded(index * size))
             for index, part in enumerate(operand.split(size))
         ]
     )
