@@ -25,8 +25,11 @@ rule clip:
         "results/logs/clip/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("clip", "threads", 1)
     resources:
-        gpu=1,
+        gpu=one_gpu("clip"),
+        mem_mb=memory("clip", "eval_mem_mb", 8000),
+        runtime=run_setting("clip", "eval_runtime_min", 60),
         slurm_extra=slurm_options("clip"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"

@@ -91,9 +91,9 @@ class Grid(ABC):
 class IntGrid(Grid):
     """Asymmetric integers with a zero point: w' = (q - z) s.
 
-    s = max(max - min, 1e-5) / (2^b - 1), z = clamp(-round(min / s), 0, 2^b - 1), q = clamp(round(w / s) + z, 0, 2^b - 1)
-    (BitDistiller, Du et al. 2024, arXiv:2402.10631, section 3.1). Zero is always a value of the grid; a group that
-    does not straddle zero is clamped to the side of zero it lies on.
+    s = max(max - min, 1e-5) / (2^b - 1), z = clamp(-round(min / s), 0, 2^b - 1),
+    q = clamp(round(w / s) + z, 0, 2^b - 1) (BitDistiller, Du et al. 2024, arXiv:2402.10631, section 3.1). Zero is
+    always a value of the grid; a group that does not straddle zero is clamped to the side of zero it lies on.
     """
 
     bits: int

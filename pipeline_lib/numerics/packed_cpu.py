@@ -1,8 +1,8 @@
 """The product of a few rows with a 2-bit weight on a CPU: a C loop, compiled once for the machine it runs on.
 
-Packed weights are a sixteenth of fp32 ones, so that the loop is bound by arithmetic where the plain product is bound by
-memory. It needs a C compiler (`cc`, or $CC) at first use, as torch.compile and Triton do; without one the decoded weight
-is multiplied instead, which is slow, and that is said once.
+Packed weights are a sixteenth of fp32 ones, so that the loop is bound by arithmetic where the plain product is bound
+by memory. It needs a C compiler (`cc`, or $CC) at first use, as torch.compile and Triton do; without one the decoded
+weight is multiplied instead, which is slow, and that is said once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def available() -> bool:
     return True
 
 
-def packed_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+def packed_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
     """See `packed_linear.packed_linear`; 2 bits, rows and groups of whole words, CPU tensors."""
     count, features = codes.shape[0], x.shape[-1]
     size = min(group_size, features)

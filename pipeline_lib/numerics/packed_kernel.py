@@ -1,9 +1,9 @@
 """Triton kernels of the linear product with a packed weight, on CUDA.
 
-Words of 32 bits are read along the input features, so that neither weights nor scales are ever transposed or copied, and
-each word is read once a tile. One row goes through `_row_kernel`, which multiplies and sums without tensor cores; more
-rows go through `_tile_kernel`, whose decoded tiles feed them. Where the tiles are too few for the device the input features
-are divided, and the parts are added in a fixed order: the same input gives the same output.
+Words of 32 bits are read along the input features, so that neither weights nor scales are ever transposed or copied,
+and each word is read once a tile. One row goes through `_row_kernel`, which multiplies and sums without tensor cores;
+more rows go through `_tile_kernel`, whose decoded tiles feed them. Where the tiles are too few for the device the input
+features are divided, and the parts are added in a fixed order: the same input gives the same output.
 
 Imported only where it is used: by CUDA tensors, and by tests under Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -69,7 +69,7 @@ def _tile_kernel(
     HAS_BIAS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M × BLOCK_N tile of out[part], over the input features of part = program 1: `span` from part · span on."""
+    """A BLOCK_M × BLOCK_N tile of out[part], over `span` input features from part · span on; part = program 1."""
     PER: tl.constexpr = 32 // BITS
     BLOCK_W: tl.constexpr = BLOCK_K // PER
     columns = tl.cdiv(N, BLOCK_N)

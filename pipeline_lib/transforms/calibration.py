@@ -20,6 +20,9 @@ class Calibration(Settings):
         description="dataset in config.yaml; null: the teacher's records if the experiment has a teacher, else the "
         "dataset it is trained on",
     )
+    columns: tuple[str, ...] = Field(
+        default=(), description="further columns of the dataset, put below the text of each document"
+    )
     samples: int = Field(default=128, ge=1, description="texts, the first of the dataset in seeded order")
     max_tokens: int = Field(default=512, ge=1, description="tokens above which a text is long")
     long: Literal["cut", "skip"] = Field(default="cut", description="what happens to long texts")

@@ -109,12 +109,7 @@ def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: 
     if pieces == 1:
         return meet(operand, loaded(0))
     size = operand.shape[0] // pieces
-    return torch.cat(
-        [
-            meet(part, loaded(index * size))
-            for index, part in enumerate(operand.split(size))
-        ]
-    )
+    return torch.cat([meet(part, loaded(index * size)) for index, part in enumerate(operand.split(size))])
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

@@ -82,6 +82,24 @@ def pack(applied: Applied) -> None:
         store.hold(first if same else stored, weight.dtype)  # tied weights share their memory
 
 
+@torch.no_grad()
+def pack_for(applied: Applied, checkpoint: Path) -> None:
+    """`pack` for an evaluation: what lies in a packed checkpoint of the same transform is taken as it is.
+
+    Trained weights are packed from fp32 there; a model loaded in another dtype would round some to other codes.
+    """
+    sites = packed_sites(applied)
+    about = read_json(checkpoint / TRANSFORM_FILE)["result"] if (checkpoint / TRANSFORM_FILE).is_file() else None
+    if not sites or about is None or about["transform"] != packing(list(applied.entries)):
+        pack(applied)
+        return
+    state = load_state(checkpoint)
+    for name, (module, store) in sites.items():
+        weight: Any = module.weight
+        prefix = f"{about['tied'].get(name, name)}.{STATE}.store."
+        store.hold({part: state[prefix + part].to(weight.device) for part in store.parts}, weight.dtype)
+
+
 def packing(transform: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries of a composition that pack weights; the others do not change what a packed checkpoint holds."""
     return [entry for entry in transform if getattr(TRANSFORMS.load(entry["type"]), "PACKS", False)]
@@ -130,7 +148,10 @@ def save_packed(directory: Path, model: PreTrainedModel, applied: Applied, dtype
 
 
 def load_packed(
-    directory: Path, dtype: str = "float32", device: str | torch.device = "cpu", transform: list[dict[str, Any]] | None = None
+    directory: Path,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    transform: list[dict[str, Any]] | None = None,
 ) -> tuple[PreTrainedModel, Applied]:
     """A packed model, in evaluation mode; no float weight of a packed layer is ever made.
 
@@ -147,7 +168,9 @@ def load_packed(
 
     about = read_json(directory / TRANSFORM_FILE)["result"]
     if "tied" not in about:
-        raise UserError("not a packed checkpoint", where=str(directory), fix=f"give the folder `{FOLDER}` of a convert artifact")
+        raise UserError(
+            "not a packed checkpoint", where=str(directory), fix=f"give the folder `{FOLDER}` of a convert artifact"
+        )
     if transform is not None and packing(transform) != about["transform"]:
         raise UserError(
             "the checkpoint was packed under another transform",

@@ -1,7 +1,7 @@
 """Asymmetric clipping: for each group the range whose quantisation changes the layer's output least.
 
-BitDistiller (Du et al. 2024, arXiv:2402.10631, section 3.1). The sides of a group's range are shrunk independently, each
-by 0, 1/grid, 2/grid, … below `max_shrink`; the candidate counts whose error
+BitDistiller (Du et al. 2024, arXiv:2402.10631, section 3.1). The sides of a group's range are shrunk independently,
+each by 0, 1/grid, 2/grid, … below `max_shrink`; the candidate counts whose error
 
     mean over tokens t of (sum over c of x[t, c] (w'[c] - w[c]))^2
 
@@ -38,9 +38,9 @@ def search(
         inputs: [tokens, in] fp32.
 
     Returns:
-        `minimum` and `maximum`, fp32 [out, groups]; and for the report the sum over groups (mean over rows) of the error
-        that is minimised, and the mean square error of the layer's output as a share of the output's mean square, each
-        before and after clipping.
+        `minimum` and `maximum`, fp32 [out, groups]; and for the report the sum over groups (mean over rows) of the
+        error that is minimised, and the mean square error of the layer's output as a share of the output's mean
+        square, each before and after clipping.
     """
     size, grid = settings.group_size, GRIDS[settings.format]
     dtype = getattr(torch, settings.scale_dtype)
@@ -92,9 +92,7 @@ def _search_rows(
     return minimum, maximum, before, best
 
 
-def _errors(
-    groups: Tensor, low: Tensor, high: Tensor, roots_Gkg: Tensor, grid: Grid, dtype: torch.dtype
-) -> Tensor:
+def _errors(groups: Tensor, low: Tensor, high: Tensor, roots_Gkg: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The error of each group under a range; [rows, groups]."""
     change_GRg = (_quantised(groups, low, high, grid, dtype) - groups).transpose(0, 1)
     return torch.bmm(change_GRg, roots_Gkg.transpose(1, 2)).square_().sum(-1).T

@@ -50,6 +50,11 @@ class Settings(Base):
     head: Bits = Field(default=16, description="bits of the output layer `lm_head`; of a tied one, as the embedding")
     sites: SitePatterns = LAYERS
 
+    @property
+    def random_faults(self) -> bool:
+        """Nothing is random: one evaluation is enough."""
+        return False
+
     @model_validator(mode="after")
     def _check(self) -> Settings:
         if self.group_size == 0:

@@ -143,11 +143,11 @@ class Int2(Transform):
         """
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        if embedding is not None and head is not None and embedding.weight is head.weight:
-            if self.settings.embedding != self.settings.head:
-                raise UserError(
-                    "embedding and output layer are one weight and must have the same bits",
-                    where="transform int2",
-                    value={"embedding": self.settings.embedding, "head": self.settings.head},
-                    fix="set `embedding` and `head` alike",
-                )
+        tied = embedding is not None and head is not None and embedding.weight is head.weight
+        if tied and self.settings.embedding != self.settings.head:
+            raise UserError(
+                "embedding and output layer are one weight and must have the same bits",
+                where="transform int2",
+                value={"embedding": self.settings.embedding, "head": self.settings.head},
+                fix="set `embedding` and `head` alike",
+            )
