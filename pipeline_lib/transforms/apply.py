@@ -47,7 +47,7 @@ class Applied:
 
     Attributes:
         context: where in the fault streams the next forward pass stands; `context.begin` comes before each.
-        entries: the settings of the composition, as they were given.
+        entries: the settings of the composition, with their defaults.
         at: the sites with their functions.
         report: plain JSON. `settings`: {setting: its values}, where a setting is named `index:type:pattern`; `layers`:
             {site: [setting, …]}; `histogram`: {setting: {kind of site: number}}.
@@ -115,7 +115,6 @@ def apply(
     context = FaultContext(seed, global_batch, fault_devices)
     context.on(lambda: next((p.device for p in model.parameters()), torch.device("cpu")))
     applied = Applied(model, context, {"settings": {}, "layers": {}, "histogram": {}})
-    applied.entries = tuple(transform)
     chosen: dict[int, list[tuple[int, Function]]] = {}
     for index, entry in enumerate(transform):
         _choose(index, entry, found, chosen, applied)
@@ -142,6 +141,7 @@ def _choose(
     where = f"transform {kind}"
     module = TRANSFORMS.load(kind, where)
     settings = validate(module.Settings, entry, where)
+    applied.entries = (*applied.entries, settings.semantic())
     patterns = getattr(settings, "sites", tuple(EVERYWHERE.items()))
     build: Callable[[Any], Transform] = module.build
     plain: Transform = build(settings)

@@ -1,8 +1,9 @@
 """Stores that can hold their stored tensors themselves, and models and checkpoints made of them.
 
 A packed model has no float weights at the sites of such stores. Its checkpoint is a folder of its own beside the latent
-one: config.json (which names the quantisation, so that other loaders refuse it), model.safetensors with
-`<layer>.transform.store.<part>` for packed layers, and transform.json.
+one: config.json, which describes the quantisation; packed.safetensors (in shards above 5 GB) with
+`<layer>.transform.store.<part>` for packed layers; and transform.json. There is no model.safetensors: transformers
+knows no such quantisation and would, with a warning, load random weights in place of packed ones.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline_lib.artifacts.files import read_json, write_json
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.registry import TRANSFORMS
-from pipeline_lib.models.checkpoint import DTYPES, TRANSFORM_FILE, auto_class_of, load_state, save_state
+from pipeline_lib.config.validate import validate
+from pipeline_lib.models.checkpoint import DTYPES, MAX_SHARD, TRANSFORM_FILE, auto_class_of
+from pipeline_lib.models.naming import is_transform_state
 from pipeline_lib.transforms.apply import STATE, Applied, apply
 from pipeline_lib.transforms.base import Store
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = "packed"
 METHOD = "errata"
+WEIGHTS = "packed"
 
 
 class PackedStore(nn.Module, Store):
@@ -93,7 +99,7 @@ def pack_for(applied: Applied, checkpoint: Path) -> None:
     if not sites or about is None or about["transform"] != packing(list(applied.entries)):
         pack(applied)
         return
-    state = load_state(checkpoint)
+    state = _tensors(checkpoint)
     for name, (module, store) in sites.items():
         weight: Any = module.weight
         prefix = f"{about['tied'].get(name, name)}.{STATE}.store."
@@ -101,8 +107,13 @@ def pack_for(applied: Applied, checkpoint: Path) -> None:
 
 
 def packing(transform: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a composition that pack weights; the others do not change what a packed checkpoint holds."""
-    return [entry for entry in transform if getattr(TRANSFORMS.load(entry["type"]), "PACKS", False)]
+    """The entries of a composition that pack weights, with their defaults; others do not change what is packed."""
+    modules = [(TRANSFORMS.load(entry["type"]), entry) for entry in transform]
+    return [
+        validate(module.Settings, entry, f"transform {entry['type']}").semantic()
+        for module, entry in modules
+        if getattr(module, "PACKS", False)
+    ]
 
 
 def save_packed(directory: Path, model: PreTrainedModel, applied: Applied, dtype: torch.dtype) -> dict[str, Any]:
@@ -137,11 +148,14 @@ def save_packed(directory: Path, model: PreTrainedModel, applied: Applied, dtype
         "quantization_config": {"quant_method": METHOD, "transform": transform},
     }
     write_json(directory / "config.json", config)
-    save_state(directory, state)
+    tensors = {name: state[name].contiguous() for name in sorted(state)}
+    save_torch_state_dict(
+        tensors, directory, filename_pattern=f"{WEIGHTS}{{suffix}}.safetensors", max_shard_size=MAX_SHARD
+    )
     result = {
         "transform": transform,
         "tied": {name: other for name, other in tied.items() if name != other},
-        "tensors": sorted(name for name in state if f".{STATE}." in name),
+        "tensors": sorted(name for name in state if is_transform_state(name)),
     }
     write_json(directory / TRANSFORM_FILE, {"result": result})
     return sizes(model, applied, state)
@@ -176,7 +190,7 @@ def load_packed(
             "the checkpoint was packed under another transform",
             where=str(directory),
             value=packing(transform),
-            allowed=about["transform"],
+            allowed=str(about["transform"]),
             fix="use the transform it was packed under",
         )
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -185,13 +199,13 @@ def load_packed(
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, auto_class_of(config.to_dict())).from_config(config)
     applied = apply(model, about["transform"] if transform is None else transform, seed=0)
-    state = {name: tensor.to(device) for name, tensor in load_state(directory).items()}
+    state = {name: tensor.to(device) for name, tensor in _tensors(directory).items()}
     for name, (module, store) in packed_sites(applied).items():
         prefix = f"{about['tied'].get(name, name)}.{STATE}.store."
         store.drop_state()
         store.hold({part: state[prefix + part] for part in store.parts}, kind)
         module.weight = nn.Parameter(torch.empty(0, dtype=kind, device=device), requires_grad=False)
-    own = {name: tensor for name, tensor in state.items() if f".{STATE}." not in name}
+    own = {name: tensor for name, tensor in state.items() if not is_transform_state(name)}
     own = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     model.load_state_dict(own, strict=False, assign=True)
     if getattr(config, "tie_word_embeddings", False) and "lm_head" not in packed_sites(applied):
@@ -223,11 +237,17 @@ def sizes(model: nn.Module, applied: Applied, state: dict[str, Tensor]) -> dict[
         row["weights"] += weights
         row["bytes"] += sum(t.numel() * t.element_size() for t in tensors)
         row["theoretical"] += weights * store.bits_per_weight()
-    rest = [tensor for name, tensor in state.items() if f".{STATE}." not in name]
+    rest = [tensor for name, tensor in state.items() if not is_transform_state(name)]
     size = sum(t.numel() * t.element_size() for t in rest)
     rows["not packed"] = {"weights": sum(t.numel() for t in rest), "bytes": size, "theoretical": 8.0 * size}
     total = {key: sum(row[key] for row in rows.values()) for key in ("weights", "bytes", "theoretical")}
     return {kind: _per_weight(row) for kind, row in {**rows, "total": total}.items()}
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a packed checkpoint."""
+    files = sorted(directory.glob(f"{WEIGHTS}*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def _memory(store: PackedStore) -> int:
@@ -248,5 +268,5 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name not in parameters and f".{STATE}." not in name
+        if name not in parameters and not is_transform_state(name)
     }

@@ -71,5 +71,6 @@ class Settings(Base):
         object.__setattr__(self, "sites", tuple(given.items()))
         for overrides in given.values():
             if overrides:
-                Settings.model_validate({**merge(self.model_dump(exclude={"sites"}), overrides), "sites": LAYERS})
+                local = merge(self.model_dump(exclude={"sites"}), overrides)
+                Settings.model_validate({**local, "embedding": 16, "head": 16, "sites": LAYERS})
         return self
