@@ -88,6 +88,14 @@ def pack(applied: Applied) -> None:
         store.hold(first if same else stored, weight.dtype)  # tied weights share their memory
 
 
+def drop_latent(applied: Applied) -> None:
+    """Free the float weights of layers that hold packed tensors; the model can then no longer be trained or packed."""
+    for module, store in packed_sites(applied).values():
+        held = next(iter((store.packed("weight") or {}).values()))
+        store.drop_state()
+        module.weight = nn.Parameter(torch.empty(0, dtype=store.dtype, device=held.device), requires_grad=False)
+
+
 @torch.no_grad()
 def pack_for(applied: Applied, checkpoint: Path) -> None:
     """`pack` for an evaluation: what lies in a packed checkpoint of the same transform is taken as it is.
@@ -200,11 +208,10 @@ def load_packed(
         model = getattr(transformers, auto_class_of(config.to_dict())).from_config(config)
     applied = apply(model, about["transform"] if transform is None else transform, seed=0)
     state = {name: tensor.to(device) for name, tensor in _tensors(directory).items()}
-    for name, (module, store) in packed_sites(applied).items():
+    for name, (_, store) in packed_sites(applied).items():
         prefix = f"{about['tied'].get(name, name)}.{STATE}.store."
-        store.drop_state()
         store.hold({part: state[prefix + part] for part in store.parts}, kind)
-        module.weight = nn.Parameter(torch.empty(0, dtype=kind, device=device), requires_grad=False)
+    drop_latent(applied)
     own = {name: tensor for name, tensor in state.items() if not is_transform_state(name)}
     own = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     model.load_state_dict(own, strict=False, assign=True)
