@@ -13,6 +13,7 @@ CASES = [
     (1, 32, 32, 32, 2, torch.float32, False),
     (1, 36, 160, 64, 2, torch.float16, True),
     (1, 32, 1056, 128, 2, torch.float32, True),
+    (1, 8, 2048, 128, 2, torch.float32, False),
     (1, 32, 96, 128, 2, torch.bfloat16, False),
     (1, 32, 64, 32, 8, torch.float32, False),
     (3, 32, 96, 32, 2, torch.float32, True),
