@@ -86,7 +86,7 @@ def whole_model() -> list[dict[str, Any]]:
         total = 2 * sum(parameter.numel() for parameter in model.parameters())
         packed, seen = total, set()
         for at, functions in applied.at:
-            weight = at.module.weight
+            weight: Any = at.module.weight
             if id(weight) not in seen and isinstance(functions.store, GroupedStore):
                 seen.add(id(weight))
                 stored = functions.store.encode(weight.detach(), "weight")

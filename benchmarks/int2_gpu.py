@@ -50,8 +50,8 @@ def products(out: int, features: int, rows: int, copies_bytes: int, device: str,
     made: dict[str, Products] = {
         "bf16": [lambda w=w: F.linear(x, w) for w in (weight.clone() for _ in copies(2 * out * features))],
         "packed": [
-            lambda w=w: packed_linear(x, *w, None, 2, GROUP)
-            for w in (tuple(t.clone() for t in stored) for _ in copies(out * features // 4))
+            lambda c=c, s=s, z=z: packed_linear(x, c, s, z, None, 2, GROUP)
+            for c, s, z in ([t.clone() for t in stored] for _ in copies(out * features // 4))
         ],
     }
     if gemlite:
@@ -147,7 +147,8 @@ def decoders(device: str) -> dict[str, Callable[[], Any]]:
     found = {}
     for name in ("bf16", "packed"):
         torch.manual_seed(0)
-        model: Any = llama.build(LLAMA).to(device, torch.bfloat16).eval()
+        model: Any = llama.build(LLAMA)
+        model = model.to(device, torch.bfloat16).eval()
         if name == "packed":
             applied = apply(model, [{"type": "int2", "group_size": GROUP}], seed=0)
             pack(applied)

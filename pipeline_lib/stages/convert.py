@@ -72,7 +72,15 @@ def _write_packed(job: Job, model: PreTrainedModel) -> None:
 
     from pipeline_lib.models.checkpoint import DTYPES, load_transform
     from pipeline_lib.transforms.apply import apply
-    from pipeline_lib.transforms.packed import FOLDER, load_packed, pack, packing, save_packed
+    from pipeline_lib.transforms.packed import (
+        FOLDER,
+        PACKED_DTYPE,
+        load_packed,
+        pack,
+        packed_sites,
+        packing,
+        save_packed,
+    )
     from pipeline_lib.transforms.state import load_transform_state, transform_state
 
     transform = packing(job.settings["transform"])
@@ -84,13 +92,19 @@ def _write_packed(job: Job, model: PreTrainedModel) -> None:
         load_transform_state(model, {name: added[name] for name in transform_state(model)})
     length = min(32, model.config.max_position_embeddings)
     tokens_BT = torch.arange(2 * length).view(2, length) * 97 % model.config.vocab_size
+    applied.context.begin(0, 0)
+    packed = {id(module.weight) for module, _ in packed_sites(applied).values()}
     with torch.no_grad():
-        applied.context.begin(0, 0)
+        exact_BTV = model(tokens_BT).logits.float()
+        for parameter in model.parameters():  # what is not packed is kept in 16 bits
+            if id(parameter) not in packed:
+                parameter.copy_(parameter.to(PACKED_DTYPE))
         expected_BTV = model(tokens_BT).logits.float()
     pack(applied)
+    sizes = save_packed(job.out / FOLDER, model, applied, PACKED_DTYPE)
+    change = (expected_BTV - exact_BTV).abs().max().item()
+    write_json(job.out / FOLDER / "sizes.json", {"result": {**sizes, "largest_change_of_a_logit_by_16_bits": change}})
     dtype = DTYPES[job.settings["dtype"]]
-    sizes = save_packed(job.out / FOLDER, model, applied, getattr(torch, dtype))
-    write_json(job.out / FOLDER / "sizes.json", {"result": sizes})
     loaded, again = load_packed(job.out / FOLDER, dtype)
     with torch.no_grad():
         again.context.begin(0, 0)

@@ -16,7 +16,7 @@ from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.transforms.apply import STATE, Applied
 from pipeline_lib.transforms.base import Function
-from pipeline_lib.transforms.state import assign
+from pipeline_lib.transforms.state import assign, whole
 
 
 def calibrated_functions(applied: Applied) -> dict[str, tuple[nn.Module, Function]]:
@@ -148,7 +148,7 @@ def absorb(applied: Applied) -> None:
     for module, function in calibrated_functions(applied).values():
         weight: Any = module.weight
         if id(weight) not in done:
-            assign(weight, function.absorb(weight.detach()))
+            assign(weight, function.absorb(whole(weight.detach())))
             done.add(id(weight))
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FOLDER = "packed"
 METHOD = "errata"
 WEIGHTS = "packed"
+PACKED_DTYPE = torch.bfloat16
+"""Of what `convert` leaves unpacked in a packed checkpoint: embedding, output layer, norms, biases."""
 
 
 class PackedStore(nn.Module, Store):
@@ -202,7 +204,7 @@ def load_packed(
             fix="use the transform it was packed under",
         )
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
+    vars(config).pop("quantization_config")
     kind = getattr(torch, DTYPES[dtype])
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, auto_class_of(config.to_dict())).from_config(config)

@@ -115,7 +115,8 @@ def test_the_operator_compiles_and_has_a_fake() -> None:
     torch.library.opcheck(torch.ops.errata.packed_linear.default, (x, *weight, None, 2, 32))
     compiled = torch.compile(lambda x: packed_linear(x, *weight, None, 2, 32) + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), packed_linear(x, *weight, None, 2, 32) + 1)
-    assert packed_linear(x.to("meta"), *(t.to("meta") for t in weight), None, 2, 32).shape == (2, 5, 32)
+    codes, scale, zero = (t.to("meta") for t in weight)
+    assert packed_linear(x.to("meta"), codes, scale, zero, None, 2, 32).shape == (2, 5, 32)
 
 
 @pytest.mark.parametrize(
@@ -135,5 +136,6 @@ if torch.cuda.is_available():  # elsewhere the interpreter covers them
         weight = packed_weight(out, features, 32, 2)
         x = torch.randn(rows, features).to(dtype)
         expected = reference(x.double(), *weight, None, 2, 32)
-        got = packed_linear(x.cuda(), *(t.cuda() for t in weight), None, 2, 32)
+        codes, scale, zero = (t.cuda() for t in weight)
+        got = packed_linear(x.cuda(), codes, scale, zero, None, 2, 32)
         assert (got.cpu().double() - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()

@@ -21,11 +21,13 @@ from pipeline_lib.data.calibration import sequences
 from pipeline_lib.models import llama
 from pipeline_lib.models.checkpoint import load_model, load_transform, save_checkpoint
 from pipeline_lib.stages import clip, convert
+from pipeline_lib.training.build import start_calibrated
 from pipeline_lib.transforms.apply import apply
 from pipeline_lib.transforms.int2 import clip as search_module
 from pipeline_lib.transforms.int2.settings import Clip, Settings
 from pipeline_lib.transforms.observe import calibrated_functions, sampled_inputs
 from pipeline_lib.transforms.packed import load_packed
+from pipeline_lib.transforms.state import transform_state
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(62))]
 SHAPE = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 48, "vocab": 64, "max_seq_len": 24}
@@ -116,10 +118,11 @@ def test_layers_are_seen_as_the_exact_model_sees_them(inputs: dict[str, Path]) -
     batches = [torch.arange(3 + n).view(1, -1) for n in range(6)]
     seen = sampled_inputs(model, layers, iter(batches), every=4)
     by_hand: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: by_hand[name].append(x[0][0]))
-        for name, layer in layers.items()
-    ]
+
+    def keep(name: str) -> Any:
+        return lambda _, x: by_hand[name].append(x[0][0])
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -151,9 +154,36 @@ def test_weights_that_are_not_trained_become_a_packed_checkpoint(tmp_path: Path,
     assert torch.equal(load_model(out).lm_head.weight, load_model(inputs["init"]).lm_head.weight)
     sizes = read_json(out / "packed" / "sizes.json")["result"]
     assert sizes["layers"]["theoretical_bits_per_weight"] == 2 + 18 / 16
+    assert sizes["not packed"]["bits_per_weight"] == 16, "embedding and output layer"
+    assert 0 < sizes["largest_change_of_a_logit_by_16_bits"] < 0.1
     loaded, context = load_packed(out / "packed")
     context.context.begin(0, 0)
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+def test_a_training_starts_from_clipped_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """The ranges are worked into the weights once, and bound the training no more."""
+    searched = job(tmp_path, inputs)
+    clip.run(searched)
+    model, before = load_model(inputs["init"]), load_model(inputs["init"])
+    applied = apply(model, searched.settings["transform"], seed=0)
+    training = Job("train", "t", "2" * 64, {}, {"clip": searched.out}, tmp_path, tmp_path)
+    start_calibrated(training, applied)
+    ranges = load_file(searched.out / clip.STATE)
+    changed = 0
+    for name, parameter in model.named_parameters():
+        layer = f"{name.removesuffix('.weight')}.transform.store"
+        expected = before.get_parameter(name)
+        if f"{layer}.minimum" in ranges:
+            features = expected.shape[1]
+            low, high = (
+                ranges[f"{layer}.{side}"].repeat_interleave(16, 1)[:, :features] for side in ("minimum", "maximum")
+            )
+            changed += int((parameter != expected).sum())
+            expected = expected.clamp(low, high)
+        assert torch.equal(parameter, expected), name
+    assert changed > 0
+    assert all(torch.isinf(tensor).all() for tensor in transform_state(model).values())
 
 
 # ---- text

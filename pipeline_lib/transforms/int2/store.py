@@ -30,6 +30,8 @@ class GroupedStore(PackedStore):
     With clipping there is state: the ranges `minimum` and `maximum`, fp32 [out, G], infinite until they are loaded.
     """
 
+    minimum: Tensor | None
+    maximum: Tensor | None
     exposed = ("codes",)
     straight_through = False  # the gradient is led by `decode`: the scale depends on the weight, too
 
@@ -50,7 +52,7 @@ class GroupedStore(PackedStore):
         self._reset()
 
     def _reset(self) -> None:
-        if self.minimum is not None:
+        if self.minimum is not None and self.maximum is not None:
             self.minimum.fill_(-math.inf)
             self.maximum.fill_(math.inf)
 
@@ -61,7 +63,7 @@ class GroupedStore(PackedStore):
     def _groups(self, value: Tensor) -> Tensor:
         """fp32 [out, groups, group size], clipped."""
         grouped = to_groups(value.float(), self.settings.group_size)
-        if self.minimum is None:
+        if self.minimum is None or self.maximum is None:
             return grouped
         return grouped.clamp(self.minimum[..., None], self.maximum[..., None])
 

@@ -213,13 +213,15 @@ class OneBit(BitFlips):
 @pytest.mark.parametrize("name", ["int2-asym", "int4-asym", "int8-asym"])
 def test_a_flipped_bit_of_a_code_moves_one_weight_by_a_grid_step(name: str, packed: bool) -> None:
     """Bit b of element i: that weight, and no other, changes by exactly 2^b steps of its group."""
-    linear = nn.Sequential(nn.Linear(48, 6, bias=False))
+    layer = nn.Linear(48, 6, bias=False)
+    linear = nn.Sequential(layer)
     applied = apply(linear, [{"type": "int2", "format": name, "group_size": 16, "sites": {"*": {}}}], seed=0)
     applied.context.begin(0, 0)
-    [(_, functions)] = applied.at
+    [(_, at_site)] = applied.at
+    functions: Any = at_site
     store: Any = functions.store
     bits, eye = store.grid.bits, torch.eye(48)
-    stored = store.encode(linear[0].weight.detach(), "weight")
+    stored = store.encode(layer.weight.detach(), "weight")
     codes = unpack(stored["codes"], bits, 48)
     if packed:
         pack(applied)
@@ -354,7 +356,7 @@ def test_a_packed_checkpoint_of_another_transform_is_not_taken(tmp_path: Path) -
 
 def test_settings_survive_a_spec() -> None:
     """What `embedding` and `head` add to the sites is added once."""
-    settings = Settings(embedding=8, head=4, sites={"*.mlp.*": {"group_size": 64}})
+    settings = Settings.model_validate({"embedding": 8, "head": 4, "sites": {"*.mlp.*": {"group_size": 64}}})
     assert [pattern for pattern, _ in settings.sites] == ["*.mlp.*", "embedding:*", "linear:lm_head"]
     again = validate(Settings, settings.semantic(), "spec")
     assert isinstance(again, Base)
