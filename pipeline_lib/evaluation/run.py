@@ -170,7 +170,7 @@ class _Transformed:
         self._context = None
         if transform:
             from pipeline_lib.transforms.apply import apply
-            from pipeline_lib.transforms.packed import pack_for
+            from pipeline_lib.transforms.packed import drop_latent, pack_for
             from pipeline_lib.transforms.state import load_transform_state, transform_state
 
             applied = apply(self.module, transform, seed=0)
@@ -178,6 +178,7 @@ class _Transformed:
             if checkpoint.added and transform_state(self.module):
                 load_transform_state(self.module, checkpoint.added)
             pack_for(applied, checkpoint.packed)
+            drop_latent(applied)  # of this copy: its size is that of packed weights
 
     def at(self, seed: int | None) -> Any:
         """The fault context, on the streams of a seed; None without a transform."""
