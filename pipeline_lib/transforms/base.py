@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline_lib.config.base import Settings
 
@@ -57,6 +57,18 @@ class Draw(NamedTuple):
     key: Tensor
     first_row: Tensor
     first_element: Tensor
+
+
+class Rows(Protocol):
+    """A weight whose rows are shared out over processes, in order."""
+
+    def add(self, values: list[float]) -> list[float]:
+        """Sums over the processes."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order, on every process."""
+        ...
 
 
 class Function:
@@ -128,10 +140,25 @@ class Store(Function, ABC):
         """
         return None
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether `pack` is there: whether a frozen weight can be held as its stored tensors alone."""
+        return type(self).pack is not Store.pack
+
+    def pack(self, value: Tensor, role: str, rows: Rows | None = None) -> None:
+        """Hold the stored tensors of `value` from now on, as buffers that no checkpoint contains; `packed` gives them.
+
+        Args:
+            value: the whole value, or the rows of it that this process has.
+            rows: gathers over processes; all of them call `pack` alike. None: `value` is whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no packed form")
+
     def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
         """input [..., in] -> [..., out]: the linear product from the stored tensors, where `packed` gives them.
 
-        Never differentiated. By default the decoded weight meets the input.
+        Of a store that can `pack` it is differentiable with respect to the input. By default the decoded weight meets
+        the input.
         """
         import torch.nn.functional as F
 

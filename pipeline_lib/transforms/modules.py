@@ -28,13 +28,15 @@ class LinearAtSite:
         if context.tokens is not None and input.ndim > 2:
             first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
         input = functions.activation(input, "input", first)
-        packed = functions.packed_store
-        if packed is not None:
-            return _by_device(functions, input, self.weight, lambda part, s: packed.multiply(s, part, self.bias), True)
+        if functions.packed_store is not None:
+            return _by_device(functions, input, self.weight, lambda part, stored: self._multiply(part, stored), True)
         return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
-    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        compute = self.functions_at_site.compute
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+        """The product with a weight, or with the stored tensors of a packed one."""
+        packed, compute = self.functions_at_site.packed_store, self.functions_at_site.compute
+        if packed is not None and isinstance(weight, dict):
+            return packed.multiply(weight, input, self.bias)
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
 
 
@@ -94,7 +96,9 @@ class InnerAttentionAtSites:
         return self.attention_sites.attend(q, k, v, mask=None, scale=factor, is_causal=is_causal)[0]
 
 
-def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any, packed: bool = False) -> Tensor:
+def _by_device(
+    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, packed: bool = False
+) -> Tensor:
     """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its packed tensors."""
     if not functions.holds("weight"):
         return meet(operand, weight)

@@ -94,8 +94,9 @@ class GroupedStore(PackedStore):
         return from_groups(values, features).to(latent.dtype)
 
     def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Store.multiply`; 2, 4 and 8 bits have kernels."""
-        if not self.grid.zeros or self.grid.bits not in (2, 4, 8):
+        """See `Store.multiply`; 2, 4 and 8 bits have kernels, which know no gradient."""
+        wants_gradient = torch.is_grad_enabled() and input.requires_grad
+        if wants_gradient or not self.grid.zeros or self.grid.bits not in (2, 4, 8):
             return Store.multiply(self, stored, input, bias)
         group_size = self.shape[1] if self.settings.group_size == -1 else self.settings.group_size
         codes, scale, zero = (stored[part] for part in ("codes", "scale", "zero"))

@@ -192,6 +192,19 @@ def test_packed_weights_are_no_parameters_and_no_state() -> None:
     assert all(name.endswith((".minimum", ".maximum")) for name in state)
 
 
+def test_a_packed_layer_passes_gradients_to_its_input() -> None:
+    layer = nn.Linear(64, 32)
+    applied = apply(nn.Sequential(layer), [{"type": "int2", "group_size": 32, "sites": {"*": {}}}], seed=0)
+    applied.context.begin(0, 0)
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    expected, x.grad = x.grad, None
+    pack(applied)
+    layer(x).square().sum().backward()
+    assert torch.allclose(x.grad, expected, atol=1e-5)
+
+
 # ---- faults on codes
 
 
