@@ -25,9 +25,14 @@ rule clip:
         "results/logs/clip/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("clip", "threads", 1)
     resources:
-        gpu=1,
-        **slurm_only(slurm_extra=slurm_options("clip")),
+        gpu=one_gpu("clip"),
+        mem_mb=memory("clip", "eval_mem_mb", 8000),
+        **slurm_only(
+            runtime=run_setting("clip", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("clip"),
+        ),
     shell:
         STAGE
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from pipeline_lib.config import calibration
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -166,6 +167,8 @@ class Resolver:
             source = getattr(exp, role)
             if source is not None:
                 inputs[role] = make_node(stage, source, {}, {}, where=f"{where}.{role}")
+        if "init" in inputs:
+            inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}
         return make_node("train", weights_label(settings), settings, inputs, self.execution(exp))
 
@@ -207,7 +210,8 @@ class Resolver:
     def checkpoint(self, exp: Resolved) -> Node:
         """The Hugging Face checkpoint that an experiment is evaluated from."""
         if exp.recipe_module.ENGINE is None:
-            return self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.trained_model(exp)
+            init = self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.trained_model(exp)
+            return calibration.of_checkpoint(self, exp, init)
         train = self.train(exp)
         settings = {"model": train.settings["model"], "transform": exp.transform, "dtype": "float32"}
         settings["layout"] = getattr(exp.recipe_module, "LAYOUT", "hf")

@@ -1,4 +1,4 @@
-"""Documents in files: jsonl, json, parquet and txt, the first two and the last also gzipped."""
+"""Documents in files: jsonl, json, parquet and txt, the first two and the last also gzipped, jsonl also by zstd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline_lib.data.documents import SourceSettings
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".txt.gz")
 BATCH_ROWS = 1024
 _OWN = ("text", "id", "group")  # stored as strings, whatever they were
 
@@ -72,7 +72,7 @@ class TableSettings(SourceSettings):
 def _kind(name: str, where: str) -> str:
     for suffix in SUFFIXES:
         if name.endswith(suffix):
-            return suffix.removesuffix(".gz")[1:]
+            return suffix.removesuffix(".gz").removesuffix(".zst")[1:]
     raise UserError(
         "unknown file format", where=where, allowed=SUFFIXES, fix="convert the file, or give its name the right suffix"
     )
@@ -173,8 +173,13 @@ def _pieces(file: io.TextIOBase, separator: str) -> Iterator[str]:
 
 def _text(path: Path) -> io.TextIOBase:
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    if zipped:
+        magic = file.read(4)
+    if magic == b"\x28\xb5\x2f\xfd":
+        import pyarrow as pa
+
+        stream: Any = pa.input_stream(path, compression="zstd")
+        return io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+    if magic[:2] == b"\x1f\x8b":
         return gzip.open(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[return-value]
     return open(path, encoding="utf-8", newline="\n")
 

@@ -163,6 +163,7 @@ class _Checkpoint:
         self.model: Any = load_model(directory, dtype).to(self.device)  # type: ignore[arg-type]
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         _, self.added = load_transform(directory)
+        self.packed = directory / "packed"
 
     def under(self, transform: list[dict[str, Any]]) -> _Transformed:
         """The model under a transform; the weights themselves are shared, not copied."""
@@ -181,12 +182,15 @@ class _Transformed:
         self._context = None
         if transform:
             from pipeline_lib.transforms.apply import apply
+            from pipeline_lib.transforms.packed import drop_latent, pack_for
             from pipeline_lib.transforms.state import load_transform_state, transform_state
 
             applied = apply(self.module, transform, seed=0)
             self._context, self.report = applied.context, applied.report
             if checkpoint.added and transform_state(self.module):
                 load_transform_state(self.module, checkpoint.added)
+            pack_for(applied, checkpoint.packed)
+            drop_latent(applied)  # of this copy: its size is that of packed weights
 
     def at(self, seed: int | None) -> Any:
         """The fault context, on the streams of a seed; None without a transform."""

@@ -57,7 +57,7 @@ def load_model(directory: Path, dtype: str = "float32", auto_class: str | None =
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, allowed=DTYPES)
     transformers.utils.logging.disable_progress_bar()
-    name = auto_class or _auto_class(read_json(directory / "config.json"))
+    name = auto_class or auto_class_of(read_json(directory / "config.json"))
     model, report = getattr(transformers, name).from_pretrained(
         directory,
         dtype=getattr(torch, DTYPES[dtype]),
@@ -156,7 +156,8 @@ def load_transform(directory: Path) -> tuple[list[dict[str, Any]], dict[str, tor
     return result["transform"], load_file(directory / TRANSFORM_STATE) if result["tensors"] else {}
 
 
-def _auto_class(config: Mapping[str, Any]) -> str:
+def auto_class_of(config: Mapping[str, Any]) -> str:
+    """The transformers Auto class for what a configuration says the checkpoint holds."""
     architecture = (config.get("architectures") or [""])[0]
     for head in ("ForMaskedLM", "ForSequenceClassification"):
         if architecture.endswith(head):

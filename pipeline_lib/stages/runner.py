@@ -128,7 +128,7 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
     out.mkdir(parents=True)
     if threads is not None:
         execution["threads"] = threads
-    if stage in ("train", "evaluate"):
+    if stage in ("train", "evaluate", "clip"):
         claim_gpus(max(1, execution.get("gpus") or 1) if stage == "train" else 1)
     if stage == "train":
         execution["processes"] = processes(execution)

@@ -87,13 +87,26 @@ def apply_transform(job: Job, model: nn.Module) -> Applied:
     from pipeline_lib.transforms.apply import apply
 
     recipe = job.settings["recipe"]
-    return apply(
+    applied = apply(
         model,
         job.settings["transform"],
         seed=job.settings["seed"],
         global_batch=recipe["global_batch"],
         fault_devices=recipe["fault_devices"],
     )
+    start_calibrated(job, applied)
+    return applied
+
+
+def start_calibrated(job: Job, applied: Applied) -> None:
+    """Work what stage `clip` found into the weights that the training starts with, which must be there."""
+    if "clip" in job.inputs:
+        from safetensors.torch import load_file
+
+        from pipeline_lib.transforms.observe import absorb, load_calibrated
+
+        load_calibrated(applied, load_file(job.inputs["clip"] / "clip.safetensors"))
+        absorb(applied)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

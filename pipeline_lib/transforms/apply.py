@@ -49,6 +49,8 @@ class Applied:
 
     Attributes:
         context: where in the fault streams the next forward pass stands; `context.begin` comes before each.
+        entries: the settings of the composition, with their defaults.
+        at: the sites with their functions.
         report: plain JSON. `settings`: {setting: its values}, where a setting is named `index:type:pattern`; `layers`:
             {site: [setting, …]}; `histogram`: {setting: {kind of site: number}}.
     """
@@ -56,6 +58,7 @@ class Applied:
     def __init__(self, model: nn.Module, context: FaultContext, report: dict[str, Any]) -> None:
         self.model, self.context, self.report = model, context, report
         self.at: list[tuple[Found, SiteFunctions]] = []
+        self.entries: tuple[dict[str, Any], ...] = ()
         self.transforms: list[Transform] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -141,6 +144,7 @@ def _choose(
     where = f"transform {kind}"
     module = TRANSFORMS.load(kind, where)
     settings = validate(module.Settings, entry, where)
+    applied.entries = (*applied.entries, settings.semantic())
     patterns = getattr(settings, "sites", tuple(EVERYWHERE.items()))
     build: Callable[[Any], Transform] = module.build
     plain: Transform = build(settings)

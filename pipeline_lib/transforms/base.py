@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline_lib.config.base import Settings
 
@@ -62,13 +62,30 @@ class Draw(NamedTuple):
     chip: Tensor | None = None
 
 
+class Rows(Protocol):
+    """A weight whose rows are shared out over processes, in order."""
+
+    def add(self, values: list[float]) -> list[float]:
+        """Sums over the processes."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order, on every process."""
+        ...
+
+
 class Function:
     """A function at a site, for some of the site's roles. May also be an `nn.Module` when it has state.
 
     State (parameters, buffers) then lives under `<module>.transform.*`; `prepare` gives it its first values.
+
+    Attributes:
+        roles: of the site's operands, those it acts on.
+        calibrated: `calibrate` chooses state of a linear site from the layer's inputs.
     """
 
     roles: frozenset[str] = frozenset()
+    calibrated: bool = False
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
         """Initialise state, once the model has left the meta device.
@@ -77,6 +94,24 @@ class Function:
             operands: {"weight": the whole weight} at a linear or embedding, nothing elsewhere. Use
                 `state.assign` to write a value to a parameter: it may be sharded.
         """
+
+    def calibrate(self, weight: Tensor, inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """State that is chosen from what a linear layer sees, and figures for the report of stage `clip`.
+
+        Called for functions that are `calibrated`, of transforms whose module has a `calibration`.
+
+        Args:
+            weight: [out, in] fp32, as the layer starts with.
+            inputs: [tokens, in] fp32, a sample of the layer's inputs in the exact model.
+
+        Returns:
+            Values of this function's parameters or buffers by name, and finite figures by name.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        """The weight a training starts with: calibrated state may be worked into it, and reset."""
+        return weight
 
 
 class Store(Function, ABC):
@@ -102,8 +137,35 @@ class Store(Function, ABC):
         """The value again, from what faults have left of the stored tensors."""
 
     def packed(self, role: str) -> dict[str, Tensor] | None:
-        """The stored tensors themselves where the store holds them as buffers; then `encode` is not called."""
+        """The stored tensors themselves where the store holds them as buffers; then `encode` is not called.
+
+        Each has the weight's rows as its first dimension.
+        """
         return None
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether `pack` is there: whether a frozen weight can be held as its stored tensors alone."""
+        return type(self).pack is not Store.pack
+
+    def pack(self, value: Tensor, role: str, rows: Rows | None = None) -> None:
+        """Hold the stored tensors of `value` from now on, as buffers that no checkpoint contains; `packed` gives them.
+
+        Args:
+            value: the whole value, or the rows of it that this process has.
+            rows: gathers over processes; all of them call `pack` alike. None: `value` is whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no packed form")
+
+    def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
+        """input [..., in] -> [..., out]: the linear product from the stored tensors, where `packed` gives them.
+
+        Of a store that can `pack` it is differentiable with respect to the input. By default the decoded weight meets
+        the input.
+        """
+        import torch.nn.functional as F
+
+        return F.linear(input, self.decode(stored, "weight").to(input.dtype), bias)
 
 
 class Fault(Function, ABC):

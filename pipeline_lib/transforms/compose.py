@@ -75,6 +75,12 @@ class SiteFunctions:
         """Whether anything happens to this operand before the operands meet."""
         return (self.store is not None and role in self.store.roles) or self.is_faulty(role)
 
+    @property
+    def packed_store(self) -> Store | None:
+        """The store of the weight if it holds packed tensors, which the operation then reads as they are."""
+        store = self.store if self.compute is None else None
+        return store if store is not None and store.packed("weight") is not None else None
+
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""
         return any(role in fault.roles for _, fault in self.faults)
@@ -147,34 +153,40 @@ class SiteFunctions:
                 stored[part] = torch.stack(rows, dim=1)
         return self.decode(value, stored, role)
 
-    def weight(self, stored: dict[str, Tensor], value: Tensor, role: str, first_sequence: int = 0) -> Tensor:
+    def weight(self, stored: dict[str, Tensor], value: Tensor | None, role: str, first_sequence: int = 0) -> Tensor:
         """The weight as the virtual device of sequence `first_sequence` of the batch loads it.
 
         Args:
             stored: what `encode(value, role)` gave.
+            value: None where the store holds it packed.
         """
+        return self.decode(value, self.faulty(stored, role, first_sequence), role)
+
+    def faulty(self, stored: dict[str, Tensor], role: str, first_sequence: int = 0) -> dict[str, Tensor]:
+        """The stored tensors of a weight as that virtual device has them in memory."""
         faulty = dict(stored)
         for index, fault, part in self._faulty_parts(role):
             tensor = faulty[part].unsqueeze(0)
             draw = self.context.weight(self._streams[index, role, part], tensor, first_sequence)
             faulty[part] = fault(tensor, role, draw).squeeze(0)
-        return self.decode(value, faulty, role)
+        return faulty
 
-    def encode(self, value: Tensor, role: str) -> dict[str, Tensor]:
+    def encode(self, value: Tensor | None, role: str) -> dict[str, Tensor]:
         """The stored tensors of an operand; {"value": value} where nothing stores it."""
-        if self.store is None or role not in self.store.roles:
-            return {WHOLE: value}
-        packed = self.store.packed(role)
+        packed = self.store.packed(role) if self.store is not None and role in self.store.roles else None
         if packed is not None:
             return dict(packed)
+        assert value is not None  # only a packed weight leaves its layer without one
+        if self.store is None or role not in self.store.roles:
+            return {WHOLE: value}
         return dict(self.store.encode(value.detach() if self.store.straight_through else value, role))
 
-    def decode(self, value: Tensor, stored: dict[str, Tensor], role: str) -> Tensor:
+    def decode(self, value: Tensor | None, stored: dict[str, Tensor], role: str) -> Tensor:
         """The operand from its stored tensors, with its gradient led back to `value`."""
         if self.store is None or role not in self.store.roles:
             return stored[WHOLE]
         loaded = self.store.decode(stored, role)
-        if self.store.straight_through and value.requires_grad:
+        if self.store.straight_through and value is not None and value.requires_grad:
             return StraightThrough.apply(value, loaded)
         return loaded
 

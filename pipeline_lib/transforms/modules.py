@@ -29,10 +29,16 @@ class LinearAtSite:
             input = load_input(functions, input)
         else:
             self.shared_input.check(input)
+        if functions.packed_store is not None:
+            return _by_device(functions, input, self.weight, lambda part, stored: self._multiply(part, stored), True)
         return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
-    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        compute = self.functions_at_site.compute
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+        """The product with a weight, or with the stored tensors of a packed one."""
+        packed, compute = self.functions_at_site.packed_store, self.functions_at_site.compute
+        if isinstance(weight, dict):
+            assert packed is not None
+            return packed.multiply(weight, input, self.bias)
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
 
 
@@ -105,6 +111,15 @@ class EmbeddingAtSite:
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
             )
+        packed = functions.packed_store
+        if packed is not None:  # only the rows that are asked for are decoded
+            return _by_device(
+                functions,
+                input,
+                self.weight,
+                lambda ids, stored: packed.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                True,
+            )
         return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
@@ -135,21 +150,24 @@ class InnerAttentionAtSites:
         return self.attention_sites.attend(q, k, v, mask=None, scale=factor, is_causal=is_causal)[0]
 
 
-def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads."""
+def _by_device(
+    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, packed: bool = False
+) -> Tensor:
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its packed tensors."""
     if not functions.holds("weight"):
         return meet(operand, weight)
     stored = functions.encode(weight, "weight")
+
+    def loaded(first_sequence: int) -> Any:
+        if packed:
+            return functions.faulty(stored, "weight", first_sequence)
+        return functions.weight(stored, weight, "weight", first_sequence)
+
     pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
     if pieces == 1:
-        return meet(operand, functions.weight(stored, weight, "weight"))
+        return meet(operand, loaded(0))
     size = operand.shape[0] // pieces
-    return torch.cat(
-        [
-            meet(part, functions.weight(stored, weight, "weight", index * size))
-            for index, part in enumerate(operand.split(size))
-        ]
-    )
+    return torch.cat([meet(part, loaded(index * size)) for index, part in enumerate(operand.split(size))])
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

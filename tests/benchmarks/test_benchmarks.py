@@ -13,7 +13,9 @@ from benchmarks.report import FOLDER, page
 from pipeline_lib.artifacts.files import write_json
 from pipeline_lib.config.plan import Plan
 
-NAMES = {"bitflip_cpu", "bitflip_gpu", "bitflip_step", "nano_training", "planning", "startup", "sweep"}
+NAMES = {
+    "bitflip_cpu", "bitflip_gpu", "bitflip_step", "int2_block", "int2_cpu", "int2_gpu", "nano_training", "planning", "startup", "sweep"
+}  # fmt: skip
 
 
 def test_page_is_what_the_committed_json_gives() -> None:

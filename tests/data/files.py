@@ -18,7 +18,7 @@ LINES = [f"line number {i}, ümlaut" for i in range(50)]
 def write(path: Path, lines: list[str] = LINES) -> Path:
     """The lines in the format that the suffix names."""
     rows = [{"text": line} for line in lines]
-    name = path.name.removesuffix(".gz")
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
         pq.write_table(pa.table({"text": lines}), path)
         return path
@@ -26,7 +26,10 @@ def write(path: Path, lines: list[str] = LINES) -> Path:
         data = "".join(json.dumps(row) + "\n" for row in rows)
     else:
         data = json.dumps(rows) if name.endswith(".json") else "\n".join(lines)
-    path.write_bytes(gzip.compress(data.encode()) if path.suffix == ".gz" else data.encode())
+    encoded = data.encode()
+    if path.suffix == ".zst":
+        encoded = pa.compress(encoded, "zstd", asbytes=True)
+    path.write_bytes(gzip.compress(encoded) if path.suffix == ".gz" else encoded)
     return path
 
 

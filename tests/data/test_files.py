@@ -19,7 +19,7 @@ from tests.data.jobs import dataset_settings, digests, result, run
 from tests.hub import FakeHub
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "a.txt.gz", "a.jsonl.zst"])
 def test_formats(tmp_path: Path, name: str) -> None:
     source = settings(str(write(tmp_path / name)), separator="\n")
     out = run("dataset", tmp_path / "job", dataset_settings(source))
@@ -80,6 +80,7 @@ def test_ids_groups_and_rows_without_text(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\x00", "cannot be read as txt"),
         ("a.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("a.jsonl.gz", b"\x1f\x8b broken", "cannot be read as jsonl"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd broken", "cannot be read as jsonl"),
         ("a.jsonl", b"", "no documents for training"),
     ],
 )

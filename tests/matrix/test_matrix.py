@@ -58,7 +58,8 @@ def run_cell(cell: Cell, bench: Bench, count: Count) -> None:
     """All stages of a cell."""
     checkpoint = bench.checkpoint(cell)
     exported = bench.make(checkpoint)
-    trained = checkpoint.inputs["train"]
+    source = checkpoint if "train" in checkpoint.inputs else checkpoint.inputs["init"]  # calibrated, not trained
+    trained = source.inputs["train"]
     own = cell.module.ENGINE is not None  # else the weights are those of the base
     transform = bench.plan.resolver.experiments.get(cell.name).transform
     assert [settings["type"] for settings in transform] == cell.types

@@ -50,6 +50,7 @@ def run(job: Job) -> None:
 
 
 def _train(plan: Plan) -> None:
+    from pipeline_lib.training.build import start_calibrated
     from pipeline_lib.training.metrics import MetricsLog
     from pipeline_lib.training.titan.trainer import TitanTrainer
 
@@ -62,6 +63,7 @@ def _train(plan: Plan) -> None:
             trainer.start_from(job.inputs["init"])
         trainer.clip()
         trainer.applied.prepare()
+        start_calibrated(job, trainer.applied)
         trainer.resume()
         log, files = None, (job.out / "log" / "metrics.jsonl", job.work / "metrics.jsonl")
         if plan.first:
