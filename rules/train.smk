@@ -9,8 +9,11 @@ rule teacher:
         "results/logs/teacher/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("teacher", "threads", 1)
     resources:
-        gpu=1,
+        gpu=run_setting("teacher", "gpus", 0),
+        mem_mb=memory("teacher", "mem_mb", 4000),
+        runtime=run_setting("teacher", "runtime_min", 60),
         slurm_extra=slurm_options("teacher"),
     shell:
         "python -m pipeline_lib stage {output} --threads {threads} 2> >(tee -a {log} >&2)"

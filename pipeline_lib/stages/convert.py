@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline_lib.artifacts.files import write_bytes
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import UserError
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CHECK = "check.safetensors"
+GENERATION = "generation_config.json"
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference of logits between the engine's model and the checkpoint, as a share of the largest logit
 where that is above 1."""
@@ -40,6 +42,8 @@ def run(job: Job) -> None:
     config, architecture = _configuration(job)
     tokenizer = checkpoint.load_tokenizer(job.inputs["tokenizer"])
     checkpoint.save_checkpoint(job.out, config, state, tokenizer, architecture)
+    if (train / GENERATION).is_file():  # a hub model's own ends of an answer
+        write_bytes(job.out / GENERATION, (train / GENERATION).read_bytes())
     checkpoint.save_transform(job.out, settings["transform"], checkpoint.load_transform(train)[1])
     model = checkpoint.load_model(job.out, dtype)
     surplus = sorted(set(state) - set(model.state_dict()))

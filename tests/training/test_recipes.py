@@ -68,7 +68,7 @@ def test_what_is_not_built_is_said_when_planning() -> None:
         RECIPES.load("finetune").Settings(steps=1, method="lora")
     with pytest.raises(ValidationError, match="methods stacking are not built yet"):
         RECIPES.load("cram").Settings(steps=1, methods=["stacking"])
-    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == ["distill", "relora"]
+    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == ["relora"]
 
 
 def test_refusals_have_reasons() -> None:
