@@ -221,8 +221,11 @@ def make_with_transformers(root: Path) -> None:
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(root / "tokenizer")
     torch.manual_seed(1)
-    for name in ("init", "teacher-model"):
-        llama.build(MODELS["llama"]).save_pretrained(root / name)
+    llama.build(MODELS["llama"]).save_pretrained(root / "init")
+    teacher = llama.build(MODELS["llama"])
+    with torch.no_grad():  # untrained models hardly differ: their divergence would be rounding
+        teacher.lm_head.weight.mul_(20)
+    teacher.save_pretrained(root / "teacher-model")
 
 
 def fork(target: Any, *args: Any) -> Any:

@@ -116,7 +116,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         return chat_ids(tokenizer, prompt.messages, CATEGORIES if prompt.template == "guard" else None)
     if prompt.plain is None:
         raise no_chat_template(tokenizer)
-    first = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    bos: Any = tokenizer.bos_token_id
+    first = [] if bos is None else [int(bos)]
     return first + list(tokenizer(prompt.plain, add_special_tokens=False)["input_ids"])  # type: ignore[call-overload]
 
 

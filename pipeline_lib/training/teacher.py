@@ -198,7 +198,7 @@ def work(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: those that the model's generation settings name, else the tokenizer's `eos`."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = tokenizer.eos_token_id if named is None else named
     return [] if named is None else [int(token) for token in (named if isinstance(named, list) else [named])]
 
