@@ -287,9 +287,7 @@ class Resolver:
             known(name, self.config.datasets, "datasets", f"{self.file}: tasks.{task}.dataset")
             inputs["dataset"] = self.dataset(name)
         for index, need in enumerate(module.needs(settings)):
-            inputs[f"asset-{index}"] = self.asset(
-                need["repo"], need.get("revision", "main"), need.get("patterns"), need.get("repo_type", "dataset")
-            )
+            inputs[f"asset-{index}"] = self._needed(need)
         spec = {
             "task": {**settings.semantic()},
             "transform": transform,
@@ -299,6 +297,13 @@ class Resolver:
         }
         label = f"{checkpoint.label}-{task_label(settings.semantic())}-{transform_label(transform)}"
         return make_node("evaluate", label, spec, inputs, self.execution(exp))
+
+    def _needed(self, need: dict[str, Any]) -> Node:
+        """The asset that a task asks for: a file from the web by its SHA-256, or files of a hub repository."""
+        if "url" in need:
+            return make_node("assets", need["name"], {"kind": "url", **need}, {})
+        kind = need.get("repo_type", "dataset")
+        return self.asset(need["repo"], need.get("revision", "main"), need.get("patterns"), kind)
 
     def arms(self, exp: Resolved, task: str) -> dict[str, Node]:
         """`clean`, and `transformed` unless the transform is plain."""

@@ -40,11 +40,13 @@ class Arm:
         result: what is compared: metrics, the settings they belong to, what the transform replaced.
         provenance: timings, device, and the evaluator's own date, time and host fields.
         evaluator: {fault seed or "clean": the evaluator's JSON, verbatim but for those fields}.
+        files: {"<fault seed or clean>/<name>": text}, for the artifact's log/.
     """
 
     result: dict[str, Any]
     provenance: dict[str, Any]
     evaluator: dict[str, dict[str, Any]]
+    files: dict[str, str]
 
 
 @cache
@@ -110,7 +112,8 @@ class Session:
             "batch_size": batch_size,
             "evaluator": {key: outcome.host for key, outcome in outcomes.items()},
         }
-        return Arm(result, provenance, {key: outcome.record for key, outcome in outcomes.items()})
+        files = {f"{key}/{name}": text for key, outcome in outcomes.items() for name, text in outcome.files.items()}
+        return Arm(result, provenance, {key: outcome.record for key, outcome in outcomes.items()}, files)
 
     def _task(self, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Task:
         folders = {role: str(path.resolve()) for role, path in inputs.items() if role != "checkpoint"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.evaluation.run import shared_session
 
@@ -15,4 +15,6 @@ def run(job: Job) -> None:
     arm = shared_session().evaluate(job.settings, job.inputs, job.work / "runs", job.execution)
     for name, record in arm.evaluator.items():
         write_json(job.out / "evaluator" / f"{name}.json", record)
+    for name, text in arm.files.items():
+        write_bytes(job.out / "log" / name, text.encode())
     write_json(job.out / "result.json", {"result": arm.result, "provenance": arm.provenance})

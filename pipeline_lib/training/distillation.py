@@ -149,7 +149,8 @@ class DistillHooks(Hooks):
         size, total = self.settings.chunk, hidden_BTD.shape[1]
         chunks = [slice(start, min(start + size, total)) for start in range(0, total, size)]
         kept = [at for at in chunks if bool(wanted_T[at].any())] or chunks[:1]
-        losses = [checkpoint(piece, hidden_BTD[:, at], at, use_reentrant=False) for at in kept]
+        # Contiguous, or torch multiplies by a copy of the head for each sequence.
+        losses = [checkpoint(piece, hidden_BTD[:, at].contiguous(), at, use_reentrant=False) for at in kept]
         return torch.stack(losses).sum(0)  # type: ignore[arg-type]
 
     def _divergence(self, student_BCV: Tensor, teacher_BCV: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class DistillHooks(Hooks):
 
     @torch.no_grad()
     def _teacher_logits(self, hidden_BCD: Tensor) -> Tensor:
-        return self.teacher.get_output_embeddings()(hidden_BCD).float()
+        return self.teacher.get_output_embeddings()(hidden_BCD.contiguous()).float()
 
     @contextmanager
     def _at_position(self, first: int) -> Iterator[None]:
@@ -345,6 +346,6 @@ def _vocabularies(one: str, size: int, other: str, model: Any) -> UserError:
         f"{one} and {other} are of different vocabularies",
         where="recipe.distill",
         value=size,
-        allowed=model.get_output_embeddings().weight.shape[0],
+        allowed=str(model.get_output_embeddings().weight.shape[0]),
         fix="use a teacher with the student's tokenizer",
     )
