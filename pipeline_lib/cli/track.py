@@ -65,7 +65,7 @@ def read_state(path: Path) -> list[dict[str, Any]]:
         line = steps.setdefault(row["step"], {"step": row["step"]})
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                line[OURS.get(key, key)] = value if math.isfinite(value) else None
+                line[OURS.get(str(key), str(key))] = value if math.isfinite(value) else None
     return [steps[step] for step in sorted(steps)]
 
 
