@@ -4,8 +4,8 @@
 
 A teacher pretrained by the pipeline (`plain-nano`) answers prefixes of its training text. Its weights are rounded to 2
 bits in groups of 128: to the nearest value, within clipped ranges, and after distillation on its answers with three
-losses. Distillation sees at most a tenth of the pretraining's tokens. The learning rate of each loss is the one with the
-lowest loss on the records kept for validation; the test split is read once, at the end. Everything is made by Snakemake
+losses. Distillation sees at most a tenth of the pretraining's tokens. The learning rate of each loss is the one with
+the lowest loss on the records kept for validation; the test split is read once, at the end. Everything is made by Snakemake
 in results/studies/int2/ (given again, it goes on where it stopped). Writes studies/int2.json and docs/studies/int2.md.
 """
 
@@ -223,8 +223,8 @@ PAGE = """# 2-bit weights at `nano`
 
 A model that the pipeline pretrained, its linear layers rounded to 2 bits in groups of 128. Recovered is (perplexity
 rounded to nearest − perplexity) / (perplexity rounded to nearest − perplexity of the teacher), all on the test split.
-Distillation reads {share} % as many tokens as the pretraining did, padding included; ± is the standard error over {seeds}
-training seeds, which share one teacher and its records.
+Distillation reads {share} % as many tokens as the pretraining did, padding included; ± is the standard error over
+{seeds} training seeds, which share one teacher and its records.
 
 {table}
 
