@@ -6,7 +6,8 @@ A teacher pretrained by the pipeline (`plain-nano`) answers prefixes of its trai
 bits in groups of 128: to the nearest value, within clipped ranges, and after distillation on its answers with three
 losses. Distillation sees at most a tenth of the pretraining's tokens. The learning rate of each loss is the one with
 the lowest loss on the records kept for validation; the test split is read once, at the end. Everything is made by
-Snakemake in results/studies/int2/ (given again, it goes on where it stopped). Writes studies/int2.json and docs/studies/int2.md.
+Snakemake in results/studies/int2/ (given again, it goes on where it stopped). Writes studies/int2.json and
+docs/studies/int2.md.
 """
 
 from __future__ import annotations
