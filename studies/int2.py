@@ -5,7 +5,7 @@
 A teacher pretrained by the pipeline (`plain-nano`) answers prefixes of its training text. Its weights are rounded to 2
 bits in groups of 128: to the nearest value, within clipped ranges, and after distillation on its answers with three
 losses. Distillation sees at most a tenth of the pretraining's tokens. The learning rate of each loss is the one with
-the lowest loss on the records kept for validation; the test split is read once, at the end. Everything is made by
+the lowest loss on the records kept for validation; the test split takes no part in it. Everything is made by
 Snakemake in results/studies/int2/ (given again, it goes on where it stopped). Writes studies/int2.json and
 docs/studies/int2.md.
 """
@@ -61,7 +61,7 @@ def configuration(seeds: list[int], rates: list[float]) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Choose the rates on validation, then evaluate on the test split; the study."""
+    """Choose the rates on validation records, then train at every seed; the study."""
     folder, first = ROOT / "results" / "studies" / NAME, given.seeds[0]
     config = configuration(given.seeds, given.rates)
     plan = _plan(folder, config)
@@ -69,7 +69,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     if budget > SHARE:
         raise ValueError(f"distillation reads {budget:.3f} of the pretraining's tokens, more than {SHARE}")
     tried = {loss: [student(loss, rate, first) for rate in given.rates] for loss in LOSSES}
-    snakemake(folder, config, [_manifest(plan, name) for names in tried.values() for name in names])
+    snakemake(folder, config, [f"results/{name}/{TASK}.json" for names in tried.values() for name in names])
     valid = {
         loss: {
             f"{rate:g}": _trained(folder, plan, name)["valid_loss"]
@@ -126,10 +126,6 @@ def _plan(folder: Path, config: dict[str, Any]) -> Plan:
 def _tokens(plan: Plan, name: str) -> int:
     recipe = plan.resolver.train(plan.resolver.experiments.get(name)).settings["recipe"]
     return recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
-
-
-def _manifest(plan: Plan, name: str) -> str:
-    return f"{plan.resolver.train(plan.resolver.experiments.get(name)).path}/manifest.json"
 
 
 def _trained(folder: Path, plan: Plan, name: str) -> dict[str, Any]:
