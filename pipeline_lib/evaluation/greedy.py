@@ -105,14 +105,6 @@ def greedy(
     return Decoded(ids, len(ticks) - 1, ticks[0] - start, end - ticks[0], kept)
 
 
-def end_tokens(subject: Subject) -> list[int]:
-    """Tokens that end an answer: those that the model's generation settings name, else the tokenizer's `eos`."""
-    config: Any = subject.model.generation_config
-    named: Any = config.eos_token_id if config is not None else None
-    named = subject.tokenizer.eos_token_id if named is None else named
-    return [] if named is None else [int(token) for token in (named if isinstance(named, list) else [named])]
-
-
 @contextmanager
 def _own_settings_aside(model: Any) -> Iterator[None]:
     """transformers fills in what a call leaves open from the model's own settings: sampling, penalties."""

@@ -29,7 +29,7 @@ from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.data.prompts import Prompt, TeacherData, choose, render
 from pipeline_lib.data.records import RECORDS
-from pipeline_lib.models.checkpoint import checkpoint_directory, load_model, load_tokenizer
+from pipeline_lib.models.checkpoint import checkpoint_directory, end_tokens, load_model, load_tokenizer
 from pipeline_lib.training.settings import option
 
 if TYPE_CHECKING:
@@ -194,13 +194,6 @@ def work(
             lines.append(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
         write_bytes(_file(folder, index), "".join(lines).encode("utf-8", "surrogatepass"))
         made(len(lines))
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: those that the model's generation settings name, else the tokenizer's `eos`."""
-    named: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = tokenizer.eos_token_id if named is None else named
-    return [] if named is None else [int(token) for token in (named if isinstance(named, list) else [named])]
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline_lib.evaluation.base import Subject
-from pipeline_lib.evaluation.greedy import Decoding, end_tokens, greedy
+from pipeline_lib.evaluation.greedy import Decoding, greedy
 from pipeline_lib.evaluation.tasks.speed import figures, model_bytes
-from pipeline_lib.models.checkpoint import load_model, load_tokenizer
+from pipeline_lib.models.checkpoint import end_tokens, load_model, load_tokenizer
 from tests.chat import chat_model
 
 SENTENCE = "the cat hurts nobody and the cat hurts nobody and the cat"
@@ -80,7 +80,7 @@ def test_the_models_own_sampling_takes_no_part(subject: Subject) -> None:
         subject.model.generation_config = GenerationConfig(
             do_sample=True, temperature=5.0, repetition_penalty=3.0, eos_token_id=[2, 7]
         )
-        assert end_tokens(subject) == [2, 7]
+        assert end_tokens(subject.model, subject.tokenizer) == [2, 7]
         torch.manual_seed(1)
         assert greedy(subject, ids, decoding(), 0).ids == before
         assert subject.model.generation_config.temperature == 5.0, "put back"
@@ -150,7 +150,7 @@ def test_speed_task(tmp_path: Path, subject: Subject) -> None:
     assert '"traceEvents"' in outcome.files["trace.json"]
     assert outcome.host["profile"][0]["calls"] > 0
     assert "profile" not in speed.Settings.model_validate(settings).semantic(), "a trace changes no result"
-    with pytest.raises(UserError, match="only 6 texts"):
-        speed.open_task({**settings, "prompts": 9}, {"dataset": texts}, tmp_path).run(subject, 0)
+    with pytest.raises(UserError, match="pieces of 24 tokens"):
+        speed.open_task({**settings, "prompts": 99}, {"dataset": texts}, tmp_path).run(subject, 0)
     with pytest.raises(UserError, match="do not fit"):
         speed.open_task({**settings, "prompt_tokens": 500}, {"dataset": texts}, tmp_path).run(subject, 0)

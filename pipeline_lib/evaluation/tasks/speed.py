@@ -30,7 +30,7 @@ class Settings(Base):
 
     type: Literal["speed"] = "speed"
     dataset: str = Field(description="dataset whose test split gives the prompts")
-    prompt_tokens: int = Field(128, ge=1, description="tokens a prompt; shorter texts are left out")
+    prompt_tokens: int = Field(128, ge=1, description="tokens a prompt: texts are cut into pieces of so many")
     prompts: int = Field(20, ge=1, description="prompts that are timed")
     warmup: int = Field(3, ge=1, description="prompts decoded before, untimed")
     decoding: Decoding = Field(
@@ -118,16 +118,16 @@ class Speed:
                 fix="lower prompt_tokens or decoding.max_new_tokens",
             )
         bos: Any = tokenizer.bos_token_id
-        wanted, found = settings.prompts + settings.warmup, []
+        wanted, length = settings.prompts + settings.warmup, settings.prompt_tokens
+        found: list[list[int]] = []
         for text in self._texts:
             ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
             ids = ([] if bos is None else [bos]) + ids
-            if len(ids) >= settings.prompt_tokens:
-                found.append(ids[: settings.prompt_tokens])
-            if len(found) == wanted:
-                return found
+            found += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+            if len(found) >= wanted:
+                return found[:wanted]
         raise UserError(
-            f"only {len(found)} texts of the test split have {settings.prompt_tokens} tokens",
+            f"the test split has only {len(found)} pieces of {length} tokens",
             where=str(self._dataset),
             value=wanted,
             fix="lower prompts, warmup or prompt_tokens",

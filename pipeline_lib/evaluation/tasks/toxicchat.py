@@ -16,7 +16,7 @@ from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.data.prompts import CATEGORIES, chat_ids, no_chat_template
 from pipeline_lib.evaluation.base import Outcome, Subject
-from pipeline_lib.evaluation.greedy import Decoded, Decoding, end_tokens, greedy
+from pipeline_lib.evaluation.greedy import Decoded, Decoding, greedy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,10 +68,12 @@ class ToxicChat:
 
     def run(self, subject: Subject, seed: int) -> Outcome:
         """Evaluate one model; see `Task.run`. `seed` moves the resampling of the intervals alone."""
+        from pipeline_lib.models.checkpoint import end_tokens
+
         tokenizer, decoding = subject.tokenizer, self.settings.decoding
         if tokenizer.chat_template is None:
             raise no_chat_template(tokenizer)
-        ends, first_tokens = end_tokens(subject), _first_tokens(tokenizer)
+        ends, first_tokens = end_tokens(subject.model, tokenizer), _first_tokens(tokenizer)
         prompts = [chat_ids(tokenizer, _conversation(text), CATEGORIES) for _, text, _ in self._rows]
         span = int(subject.model.config.max_position_embeddings)
         verdicts: list[str] = []
