@@ -32,7 +32,7 @@ clean:
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
 BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu
-STUDIES := study-robustness study-kills study-defences study-flips
+STUDIES := study-robustness study-kills study-defences study-flips study-int2
 
 .PHONY: bench chaos $(STUDIES)
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "prune": "list (or --delete) artifacts that nothing in config.yaml refers to",
     "digest": "one SHA-256 over weights, tokens, records, CSV and results",
     "pin": "look up the commits of all hub ids in config.yaml and write hub.lock.json",
+    "track": "a Trainer's trainer_state.json as JSONL, and to wandb, at its true steps",
     "versions": "check stage_versions.lock against the code",
     "demo": "(used by make demo) the 2×2 table, and where everything lies",
     "stage": "(used by rules) make one artifact",

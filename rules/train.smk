@@ -9,9 +9,14 @@ rule teacher:
         "results/logs/teacher/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("teacher", "threads", 1)
     resources:
-        gpu=1,
-        **slurm_only(slurm_extra=slurm_options("teacher")),
+        gpu=run_setting("teacher", "gpus", 0),
+        mem_mb=memory("teacher", "mem_mb", 4000),
+        **slurm_only(
+            runtime=run_setting("teacher", "runtime_min", 60),
+            slurm_extra=slurm_options("teacher"),
+        ),
     shell:
         STAGE
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 from pathlib import Path
@@ -72,8 +73,11 @@ class Bench:
     def __init__(self, case: Case, root: Path) -> None:
         self.case, self.root = case, root
         self.inputs = {"tokens": make_tokens(root), "tokenizer": root / "tokenizer"}
-        if case.recipe == "finetune":
+        needs = getattr(RECIPES.load(case.recipe), "NEEDS", ())
+        if "from" in needs:
             self.inputs["init"] = root / "init"
+        if "teacher" in needs:
+            self.inputs.update({"teacher": make_records(root), "teacher-model": root / "teacher-model"})
         assert ended(fork(make_with_transformers, root)) == 0
         self._finished: dict[str, Path] = {}
 
@@ -192,8 +196,24 @@ def make_tokens(root: Path) -> Path:
     return directory
 
 
+def make_records(root: Path) -> Path:
+    """A teacher artifact of random tokens."""
+    draw = random.Random(7)
+    lines = []
+    for number in range(3 * STEPS * BATCH):
+        prompt, completion = (
+            [draw.randrange(5, VOCAB) for _ in range(draw.randrange(*size))] for size in ((2, 7), (4, 14))
+        )
+        record = {"id": str(number), "messages": [], "completion": "", "metadata": {}}
+        lines.append(json.dumps({**record, "prompt_ids": prompt, "completion_ids": completion}))
+    directory = root / "teacher"
+    directory.mkdir(parents=True)
+    (directory / "records.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
 def make_with_transformers(root: Path) -> None:
-    """A word-level tokenizer with special tokens, and a llama's weights: inputs of recipes that want them."""
+    """A word-level tokenizer with special tokens, and weights of two llamas: inputs of recipes that want them."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -208,6 +228,10 @@ def make_with_transformers(root: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(root / "tokenizer")
     torch.manual_seed(1)
     llama.build(MODELS["llama"]).save_pretrained(root / "init")
+    teacher = llama.build(MODELS["llama"])
+    with torch.no_grad():  # untrained models hardly differ: their divergence would be rounding
+        teacher.lm_head.weight.mul_(20)
+    teacher.save_pretrained(root / "teacher-model")
 
 
 def fork(target: Any, *args: Any) -> Any:

@@ -18,6 +18,7 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
 from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.data.records import RecordLoader
 from pipeline_lib.data.tokens import BatchLoader
 from pipeline_lib.training import worker
 from pipeline_lib.training.metrics import MetricsLog
@@ -76,9 +77,13 @@ class _Watcher:
         self.seen.write(json.dumps([kind, place, hashlib.sha256(data).hexdigest()]) + "\n")
 
     def _watch_batches(self) -> None:
-        original = BatchLoader.batch
+        for kind in (BatchLoader, RecordLoader):
+            self._watch_loader(kind)
 
-        def batch(loader: BatchLoader, step: int, first: int, count: int) -> Any:
+    def _watch_loader(self, kind: type[Any]) -> None:
+        original = kind.batch
+
+        def batch(loader: Any, step: int, first: int, count: int) -> Any:
             if self.passes("batch"):
                 self.die()
             inputs_BT, labels_BT = original(loader, step, first, count)
@@ -87,7 +92,7 @@ class _Watcher:
                 self.record("sequences", f"step {step} sequence {first + row}", data)
             return inputs_BT, labels_BT
 
-        BatchLoader.batch = batch  # type: ignore[method-assign]
+        kind.batch = batch
 
     def _watch_masks(self) -> None:
         original = SiteFunctions.__init__

@@ -25,6 +25,7 @@ from pipeline_lib.config.validate import validate
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "tokenizer*", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CHAT_FILES = ("chat_template.jinja",)
 # Bytes that an evaluation or a tokenizer reads of a source which trainings fetch in part.
 PART_OF_A_LARGE_SOURCE = 2**30
 
@@ -147,41 +148,103 @@ class Resolver:
     def train(self, exp: Resolved) -> Node:
         """The trained weights of an experiment."""
         where = self.experiments.where(exp.name)
-        if exp.dataset is None:
-            raise UserError(
-                "missing key",
-                where=f"{where}.dataset",
-                allowed=list(self.config.datasets),
-                fix="name the dataset it is trained on",
-            )
         recipe = self.recipe(exp)
         tokenizer = self.model_tokenizer(exp)
-        needed = recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
         model = self.architecture(exp, recipe["seq_len"])
-        inputs = {"tokens": self.tokens(exp.dataset, tokenizer, needed), "tokenizer": tokenizer}
+        inputs = {"tokenizer": tokenizer}
+        if getattr(exp.recipe_module, "READS", "tokens") == "tokens":
+            needed = recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
+            inputs["tokens"] = self.tokens(self._dataset_of(exp), tokenizer, needed)
         if exp.from_ is not None:
             inputs["init"] = self.checkpoint(self.experiments.get(exp.from_))
         elif exp.model.trained is not None:
             inputs["init"] = self.trained_model(exp)
-        for role, stage in (("teacher", "teacher"), ("losses", "score")):
-            source = getattr(exp, role)
-            if source is not None:
-                inputs[role] = make_node(stage, source, {}, {}, where=f"{where}.{role}")
+        if exp.teacher is not None:
+            inputs["teacher"] = self.teacher(exp)
+            inputs["teacher-model"] = inputs["teacher"].inputs["model"]
+        if exp.losses is not None:
+            inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
         if "init" in inputs:
             inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}
         return make_node("train", weights_label(settings), settings, inputs, self.execution(exp))
+
+    def _dataset_of(self, exp: Resolved) -> str:
+        if exp.dataset is None:
+            raise UserError(
+                "missing key",
+                where=f"{self.experiments.where(exp.name)}.dataset",
+                allowed=list(self.config.datasets),
+                fix="name the dataset it is trained on",
+            )
+        return exp.dataset
+
+    def teacher(self, exp: Resolved) -> Node:
+        """The records of an experiment's teacher: its answers to the prompts that the recipe's `data` names."""
+        where = f"{self.experiments.where(exp.name)}.recipe.{exp.recipe_name}"
+        data = getattr(exp.recipe, "data", None)
+        if data is None:
+            raise UserError(
+                f"recipe {exp.recipe_name} reads no teacher",
+                where=f"{self.experiments.where(exp.name)}.teacher",
+                value=exp.teacher,
+                fix="remove `teacher`, or use recipe distill",
+            )
+        entries = [entry.semantic() for entry in data.entries]
+        names = {entry["dataset"] or self._dataset_of(exp): None for entry in entries}
+        for name in names:
+            known(name, self.config.datasets, "datasets", f"{where}.data.prompts.dataset")
+        model, dtype = self._teacher_model(exp)
+        inputs = {"model": model, **{f"dataset-{i}": self.dataset(name) for i, name in enumerate(names)}}
+        # Under the names of config.yaml, equal work would have other fingerprints.
+        labels = {name: f"{self.dataset(name).label}-{index}" for index, name in enumerate(names)}
+        entries = [{**entry, "dataset": labels[entry["dataset"] or self._dataset_of(exp)]} for entry in entries]
+        settings = {**data.semantic(), "prompts": entries}
+        label = f"{inputs['dataset-0'].label}-{model.label}"
+        return make_node("teacher", label, {"data": settings, "dtype": dtype}, inputs, self.execution(exp))
+
+    def _teacher_model(self, exp: Resolved) -> tuple[Node, str]:
+        """(checkpoint, dtype) of an experiment's teacher.
+
+        Raises:
+            UserError: it names a model without weights, or an experiment under a transform.
+        """
+        assert exp.teacher is not None
+        where = f"{self.experiments.where(exp.name)}.teacher"
+        if exp.teacher in self.config.models:
+            model = self.config.models[exp.teacher]
+            if model.local is not None:
+                return self.local_asset(exp.teacher, MODEL_FILES), model.dtype
+            if model.hub is None:
+                raise UserError(
+                    "a model of dimensions has no weights to teach with",
+                    where=where,
+                    value=exp.teacher,
+                    allowed="an experiment, or a hub or local model",
+                    fix=f"train one first, e.g. teacher: plain-{exp.teacher}",
+                )
+            return self.asset(model.hub.repo, model.hub.revision, list(MODEL_FILES)), model.dtype
+        teacher = self.experiments.get(exp.teacher)
+        if teacher.transform:
+            raise UserError(
+                "a teacher computes exactly, and this one has a transform",
+                where=where,
+                value=exp.teacher,
+                fix="name a plain experiment; for these weights in exact arithmetic add one with "
+                f"`from: {exp.teacher}` and `transform: plain`",
+            )
+        return self.checkpoint(teacher), teacher.model.dtype
 
     def model_tokenizer(self, exp: Resolved) -> Node:
         """The tokenizer of an experiment's model."""
         if exp.model.tokenizer is not None:
             return self.tokenizer(exp.model.tokenizer)
         if exp.model.local is not None:
-            asset = self.local_asset(exp.model_name, TOKENIZER_FILES)
+            asset = self.local_asset(exp.model_name, (*TOKENIZER_FILES, *CHAT_FILES))
             return make_node("tokenizer", asset.label, {"local": asset.settings["files"]}, {"asset": asset})
         assert exp.model.hub is not None
         hub = {"repo": exp.model.hub.repo, "revision": pinned("model", exp.model.hub.repo, exp.model.hub.revision)}
-        asset = self.asset(exp.model.hub.repo, exp.model.hub.revision, list(TOKENIZER_FILES))
+        asset = self.asset(exp.model.hub.repo, exp.model.hub.revision, [*TOKENIZER_FILES, *CHAT_FILES])
         return make_node("tokenizer", exp.model.hub.repo, {"hub": hub}, {"asset": asset})
 
     @once
@@ -257,9 +320,7 @@ class Resolver:
             known(name, self.config.datasets, "datasets", f"{self.file}: tasks.{task}.dataset")
             inputs["dataset"] = self.dataset(name)
         for index, need in enumerate(module.needs(settings)):
-            inputs[f"asset-{index}"] = self.asset(
-                need["repo"], need.get("revision", "main"), need.get("patterns"), need.get("repo_type", "dataset")
-            )
+            inputs[f"asset-{index}"] = self._needed(need)
         if transform and getattr(module, "REFERENCE", False):
             inputs["clean"] = self.evaluate(exp, task, [], [])
         spec = {
@@ -271,6 +332,13 @@ class Resolver:
         }
         label = f"{checkpoint.label}-{task_label(settings.semantic())}-{transform_label(transform)}"
         return make_node("evaluate", label, spec, inputs, self.execution(exp))
+
+    def _needed(self, need: dict[str, Any]) -> Node:
+        """The asset that a task asks for: a file from the web by its SHA-256, or files of a hub repository."""
+        if "url" in need:
+            return make_node("assets", need["name"], {"kind": "url", **need}, {})
+        kind = need.get("repo_type", "dataset")
+        return self.asset(need["repo"], need.get("revision", "main"), need.get("patterns"), kind)
 
     def arms(self, exp: Resolved, task: str) -> dict[str, Node]:
         """`clean`, and `transformed` unless the transform is plain."""

@@ -1,7 +1,8 @@
-"""Documents in files: jsonl, json, parquet and txt, the first two and the last also gzipped, jsonl also by zstd."""
+"""Documents in files: parquet, jsonl, json, csv and txt, all but the first also gzipped, jsonl also by zstd."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -18,7 +19,9 @@ from pipeline_lib.data.documents import SourceSettings
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".txt", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".txt.gz")
+SUFFIXES = (
+    ".parquet", ".jsonl", ".json", ".csv", ".txt", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz"
+)  # fmt: skip
 BATCH_ROWS = 1024
 _OWN = ("text", "id", "group")  # stored as strings, whatever they were
 
@@ -118,6 +121,24 @@ def _json(settings: TableSettings, path: Path, where: str) -> Iterator[pa.Table]
     yield from _rows_to_tables(settings, rows, where)
 
 
+def _csv(settings: TableSettings, path: Path, where: str) -> Iterator[pa.Table]:
+    """Comma-separated values with a line of names; every cell is text, an empty one too."""
+    with _text(path) as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            yield from _rows_to_tables(settings, (_whole_row(row, rows.line_num, where) for row in rows), where)
+        except csv.Error as error:
+            raise UserError(f"not valid CSV: {error}", where=f"{where}, line {rows.line_num}", fix="mend it") from None
+
+
+def _whole_row(row: dict[Any, Any], line: int, where: str) -> dict[str, str]:
+    if None in row or None in row.values():
+        raise UserError(
+            "not valid CSV: a row has another number of cells", where=f"{where}, line {line}", fix="mend it"
+        )
+    return row
+
+
 def _json_lines(file: io.TextIOBase, where: str) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
         if line.strip():
@@ -184,4 +205,4 @@ def _text(path: Path) -> io.TextIOBase:
     return open(path, encoding="utf-8", newline="\n")
 
 
-_TABLES = {"parquet": _parquet, "jsonl": _jsonl, "json": _json, "txt": _txt}
+_TABLES = {"parquet": _parquet, "jsonl": _jsonl, "json": _json, "csv": _csv, "txt": _txt}

@@ -20,6 +20,9 @@ TRAINED_ON_BYTES = 256 * 2**20  # of text at most: a larger sample no longer cha
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
 def build(job: Job) -> None:
     """Make the tokenizer artifact: tokenizer.json, tokenizer_config.json, info.json.
 
@@ -109,6 +112,8 @@ def from_files(files: Path, origin: str) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer.from_file(str(path))
     declared = {**_json(files / "special_tokens_map.json"), **_json(files / "tokenizer_config.json")}
     kept = {key: declared[key] for key in ("model_max_length", "chat_template") if key in declared}
+    if (files / CHAT_TEMPLATE).exists():  # where newer repositories keep it
+        kept["chat_template"] = (files / CHAT_TEMPLATE).read_text(encoding="utf-8")
     tokens = {role: _content(declared.get(f"{role}_token")) for role in ROLES}
     tokens["bos"] = tokens["bos"] or tokens["cls"]
     tokens["eos"] = tokens["eos"] or tokens["sep"]

@@ -3,7 +3,7 @@
 A task type is a module in `pipeline_lib.evaluation.tasks` (or an entry point) with::
 
     class Settings(pipeline_lib.config.base.Settings)   # the entry under `tasks:` in config.yaml
-    def needs(settings) -> list[dict]                    # hub files that the assets stage must fetch
+    def needs(settings) -> list[dict]                    # what the assets stage must fetch: hub files, or a url
     def refuses(settings, model_family) -> str | None    # why it makes no sense for a family, told while planning
     def open_task(settings, inputs, scratch) -> Task     # data loaded, offline, ready to run on many models
 
@@ -58,6 +58,7 @@ class Outcome:
         record: the evaluator's own JSON, verbatim but for `host`; empty where it has none.
         host: its date, time and host fields.
         records: plain JSON objects for readable files, one line each.
+        files: text files that go below the artifact's log/, by name: traces.
     """
 
     metrics: dict[str, float]
@@ -67,6 +68,7 @@ class Outcome:
     record: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 Arms = Mapping[str, Mapping[str, list[dict[str, Any]]]]

@@ -42,12 +42,14 @@ class Arm:
         provenance: timings, device, and the evaluator's own date, time and host fields.
         evaluator: {fault seed or "clean": the evaluator's JSON, verbatim but for those fields}.
         records: {fault seed or "clean": what the run left beside its metrics}; only of tasks that leave any.
+        files: {"<fault seed or clean>/<name>": text}, for the artifact's log/.
     """
 
     result: dict[str, Any]
     provenance: dict[str, Any]
     evaluator: dict[str, dict[str, Any]]
     records: dict[str, list[dict[str, Any]]]
+    files: dict[str, str]
 
 
 @cache
@@ -118,11 +120,13 @@ class Session:
             "batch_size": batch_size,
             "evaluator": {key: outcome.host for key, outcome in outcomes.items()},
         }
+        files = {f"{key}/{name}": text for key, outcome in outcomes.items() for name, text in outcome.files.items()}
         return Arm(
             result,
             provenance,
             {key: outcome.record for key, outcome in outcomes.items() if outcome.record},
             {key: outcome.records for key, outcome in outcomes.items() if outcome.records},
+            files,
         )
 
     def _task(self, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Task:

@@ -65,13 +65,16 @@ class SequenceLM(Base):
         return super()._model_call(inps, attn_mask, labels)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        if self._context is None:
+        alone = bool(
+            generation_kwargs.get("prompt_lookup_num_tokens")
+        )  # transformers looks up for one prompt at a time
+        if self._context is None and not alone:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask_BT = generation_kwargs.pop("attention_mask")
         copies = generation_kwargs.get("num_beams") or 1
         padding_B = (mask_BT == 0).sum(dim=1).tolist()
         outputs = []
-        for first, last in _runs(padding_B):
+        for first, last in [(i, i + 1) for i in range(len(padding_B))] if alone else _runs(padding_B):
             padding = padding_B[first]
             self._take((last - first) * copies)
             out_BT = super()._model_generate(

@@ -87,6 +87,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those that the model's generation settings name, else the tokenizer's `eos`."""
+    named: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = tokenizer.eos_token_id if named is None else named
+    return [] if named is None else [int(token) for token in (named if isinstance(named, list) else [named])]
+
+
 def save_checkpoint(
     directory: Path,
     config: PretrainedConfig,

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import UserError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CHECK = "check.safetensors"
 ADAPTER = "adapter"
+GENERATION = "generation_config.json"
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference of logits between the engine's model and the checkpoint, as a share of the largest logit
 where that is above 1."""
@@ -132,6 +133,8 @@ def _trained(job: Job) -> PreTrainedModel:
     checkpoint.save_checkpoint(job.out, config, state, tokenizer, architecture)
     if (train / ADAPTER).is_dir():
         shutil.copytree(train / ADAPTER, job.out / ADAPTER)
+    if (train / GENERATION).is_file():  # a hub model's own ends of an answer
+        write_bytes(job.out / GENERATION, (train / GENERATION).read_bytes())
     checkpoint.save_transform(job.out, settings["transform"], checkpoint.load_transform(train)[1])
     model = checkpoint.load_model(job.out, dtype)
     surplus = sorted(set(state) - set(model.state_dict()))

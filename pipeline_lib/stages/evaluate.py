@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.evaluation.records import write_records
 from pipeline_lib.evaluation.run import shared_session
@@ -17,4 +17,6 @@ def run(job: Job) -> None:
     for name, record in arm.evaluator.items():
         write_json(job.out / "evaluator" / f"{name}.json", record)
     write_records(job.out, arm.records)
+    for name, text in arm.files.items():
+        write_bytes(job.out / "log" / name, text.encode())
     write_json(job.out / "result.json", {"result": arm.result, "provenance": arm.provenance})

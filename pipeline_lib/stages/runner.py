@@ -128,10 +128,11 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
     out.mkdir(parents=True)
     if threads is not None:
         execution["threads"] = threads
-    if stage in ("train", "evaluate", "clip"):
-        claim_gpus(max(1, execution.get("gpus") or 1) if stage == "train" else 1)
-    if stage == "train":
+    if stage in ("train", "teacher", "clip", "evaluate"):
+        claim_gpus(max(1, execution.get("gpus") or 1) if stage in ("train", "teacher") else 1)
+    if stage in ("train", "teacher"):
         execution["processes"] = processes(execution)
+    if stage == "train":
         execution.setdefault("time_limit_s", slurm.seconds_left())
     slurm.name_job(execution.get("experiment"))
     job = Job(stage, spec["label"], spec["fingerprint"], spec["settings"], inputs, work, out, execution)

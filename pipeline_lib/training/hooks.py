@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_lib.config.errors import UserError
-from pipeline_lib.training.losses import cross_entropy_per_example
+from pipeline_lib.training.losses import count_targets, cross_entropy_per_example
 from pipeline_lib.training.schedules import lr_factor
 from pipeline_lib.training.settings import TrainingSettings
 
@@ -37,10 +37,20 @@ class Hooks:
             alone, so that no rank, accumulation or resume changes it.
     """
 
-    LOOP_ONLY: ClassVar[tuple[str, ...]] = ("prepare", "select", "backward", "after_step", "progress", "state", "load")
+    LOOP_ONLY: ClassVar[tuple[str, ...]] = (
+        "loader", "targets", "prepare", "select", "backward", "after_step", "progress", "result", "state", "load"
+    )  # fmt: skip
 
     def __init__(self, settings: TrainingSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
+
+    def loader(self) -> Any:
+        """What batches are read from, if not from token shards: something with `batch(step, first, count)`."""
+        return None
+
+    def targets(self, batch: Batch) -> int:
+        """What a batch adds to the number that the step's summed loss is divided by."""
+        return count_targets(batch["labels"])
 
     def adapt(self, model: nn.Module) -> None:
         """Called once on the model with its weights, on the CPU, before it gets its transform: freeze, add adapters."""
@@ -107,6 +117,10 @@ class Hooks:
             eps=recipe.eps,
             fused=True,
         )
+
+    def result(self, loop: Loop) -> dict[str, Any]:
+        """What train.json holds beside what every training leaves; all ranks call it at the end."""
+        return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the hooks must remember across a resume: (tensors, JSON values)."""

@@ -25,7 +25,6 @@ from pipeline_lib.training.build import apply_transform, autocast, blocks, initi
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.hooks import Batch
-from pipeline_lib.training.losses import count_targets
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog
 from pipeline_lib.training.outcome import Tail, publish
@@ -53,6 +52,7 @@ class Loop:
         optimizer: a hook may replace it (after a merge, for example).
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
+        figures: what hooks add to the next line of the log.
     """
 
     def __init__(self, job: Job) -> None:
@@ -63,8 +63,7 @@ class Loop:
         self.seed: int = job.settings["seed"]
         self.device = distributed.device()
         self.sharing = Sharing.of(self.settings.global_batch, job.execution, distributed.rank(), distributed.world())
-        shards = TokenShards(job.inputs["tokens"], "train")
-        self.loader = BatchLoader(shards, self.settings.seq_len, self.settings.global_batch, self.seed)
+        self.loader: Any = self.hooks.loader() or self._shards()
         self.model: Any = initial_model(job)
         self.hooks.adapt(self.model)
         applied = apply_transform(job, self.model)
@@ -75,7 +74,12 @@ class Loop:
         self.optimizer = self.hooks.optimizer(self.model.parameters())
         self.checkpoints = job.work / "checkpoints"
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
+        self.figures: dict[str, float] = {}
         self._resume()
+
+    def _shards(self) -> BatchLoader:
+        shards = TokenShards(self.job.inputs["tokens"], "train")
+        return BatchLoader(shards, self.settings.seq_len, self.settings.global_batch, self.seed)
 
     def _place(self) -> None:
         """Recompute, compile, move and shard the model, in this order."""
@@ -102,6 +106,7 @@ class Loop:
             if log:
                 log.close(finished=False)
             raise
+        more = self.hooks.result(self)
         state = full_state(self.model)
         if log:
             seconds = time.monotonic() - started
@@ -111,6 +116,7 @@ class Loop:
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                 "final_train_loss": self.tail.mean(),
                 "transform_report": self.transform_report,
+                **more,
             }
             state = self.hooks.export(self.model, state, self.job.out)
             timing = {"seconds": seconds, "steps_in_this_process": self.step - first_step}
@@ -129,6 +135,8 @@ class Loop:
                 figures = {"loss": self.loss, "lr": rate, "grad_norm": norm, "tokens": self.tokens}
                 speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
                 last_time, last_tokens = now, self.tokens
+                figures |= self.figures
+                self.figures = {}
                 if log:
                     log.log(self.step, **figures, tokens_per_s=speed, **peak_memory())
             stopping = stop.agreed() and not done
@@ -145,7 +153,7 @@ class Loop:
             for first in self.sharing.firsts()
         ]
         batches = hooks.select(self, step, batches)
-        targets = distributed.total([sum(count_targets(batch["labels"]) for _, batch in batches)])[0]
+        targets = distributed.total([sum(hooks.targets(batch) for _, batch in batches)])[0]
         rate = self.settings.lr * hooks.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.models.checkpoint import save_state, save_transform
+from pipeline_lib.models.checkpoint import checkpoint_directory, save_state, save_transform
 from pipeline_lib.models.naming import split_transform
 from pipeline_lib.training.memory import peak_memory
 
@@ -71,4 +71,9 @@ def publish(
     own, added = split_transform(state)
     save_state(job.out, own)
     save_transform(job.out, job.settings["transform"], added)
+    if job.settings["model"]["family"] == "hub":  # what `convert` cannot make from the settings
+        source = checkpoint_directory(job.inputs["init"])
+        for name in ("config.json", "generation_config.json"):
+            if (source / name).is_file():
+                write_bytes(job.out / name, (source / name).read_bytes())
     write_json(job.out / "train.json", {"result": result, "provenance": {**provenance, **peak_memory()}})

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, defences, flips, kills, robustness
+from studies import chaos, defences, flips, int2, kills, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
 ALL: dict[str, Derive] = {
     "chaos": chaos.derive,
     "defences": defences.derive,
     "flips": flips.derive,
+    "int2": int2.derive,
     "kills": kills.derive,
     "robustness": robustness.derive,
 }
@@ -57,6 +58,14 @@ def change_a_fault(study: dict[str, Any]) -> None:
     study["faults"][5]["steps_lost"] += 1
 
 
+def raise_a_recovery(study: dict[str, Any]) -> None:
+    study["losses"]["cakld"]["seeds"][0]["test"] *= 1.01
+
+
+def change_a_size(study: dict[str, Any]) -> None:
+    study["speed"]["int2"]["model_mib"] *= 1.01
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -66,6 +75,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("chaos", change_a_fault),
     ("flips", change_a_point),
     ("flips", change_a_setting),
+    ("int2", raise_a_recovery),
+    ("int2", change_a_size),
     ("kills", change_a_time),
     ("kills", lose_a_kill),
 ]

@@ -71,7 +71,7 @@ def test_a_share_of_unknown_parameters_is_refused() -> None:
 def test_what_is_not_built_is_said_when_planning() -> None:
     with pytest.raises(ValidationError, match="methods stacking are not built yet"):
         RECIPES.load("cram").Settings(steps=1, methods=["stacking"])
-    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == ["distill", "relora"]
+    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == ["relora"]
 
 
 def test_refusals_have_reasons() -> None:
