@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline_lib.config.base import Settings
 
@@ -59,6 +59,18 @@ class Draw(NamedTuple):
     first_element: Tensor
 
 
+class Rows(Protocol):
+    """A weight whose rows are shared out over processes, in order."""
+
+    def add(self, values: list[float]) -> list[float]:
+        """Sums over the processes."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order, on every process."""
+        ...
+
+
 class Function:
     """A function at a site, for some of the site's roles. May also be an `nn.Module` when it has state.
 
@@ -100,6 +112,25 @@ class Store(Function, ABC):
 
     def packed(self, role: str) -> dict[str, Tensor] | None:
         """The stored tensors themselves where the store holds them as buffers; then `encode` is not called."""
+        return None
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether `pack` is there: whether a frozen weight can be held as its stored tensors alone."""
+        return type(self).pack is not Store.pack
+
+    def pack(self, value: Tensor, role: str, rows: Rows | None = None) -> None:
+        """Hold the stored tensors of `value` from now on, as buffers that no checkpoint contains; `packed` gives them.
+
+        Args:
+            value: the whole value, or the rows of it that this process has.
+            rows: gathers over processes; all of them call `pack` alike. None: `value` is whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no packed form")
+
+    def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor | None:
+        """input [..., in] · weightᵀ from the stored tensors of a packed weight, without the whole weight; differentiable
+        with respect to the input. None: there is no such way, decode and multiply."""
         return None
 
 

@@ -133,34 +133,51 @@ class SiteFunctions:
                 stored[part] = torch.stack(rows, dim=1)
         return self.decode(value, stored, role)
 
-    def weight(self, stored: dict[str, Tensor], value: Tensor, role: str, first_sequence: int = 0) -> Tensor:
+    def weight(self, stored: dict[str, Tensor], value: Tensor | None, role: str, first_sequence: int = 0) -> Tensor:
         """The weight as the virtual device of sequence `first_sequence` of the batch loads it.
 
         Args:
             stored: what `encode(value, role)` gave.
+            value: None where the weight is packed.
         """
+        return self.decode(value, self.faulty(stored, role, first_sequence), role)
+
+    def faulty(self, stored: dict[str, Tensor], role: str, first_sequence: int = 0) -> dict[str, Tensor]:
+        """What faults leave of the stored tensors of a weight."""
         faulty = dict(stored)
         for index, fault, part in self._faulty_parts(role):
             tensor = faulty[part].unsqueeze(0)
             draw = self.context.weight(self._streams[index, role, part], tensor, first_sequence)
             faulty[part] = fault(tensor, role, draw).squeeze(0)
-        return self.decode(value, faulty, role)
+        return faulty
 
-    def encode(self, value: Tensor, role: str) -> dict[str, Tensor]:
-        """The stored tensors of an operand; {"value": value} where nothing stores it."""
-        if self.store is None or role not in self.store.roles:
-            return {WHOLE: value}
-        packed = self.store.packed(role)
+    @property
+    def is_packed(self) -> bool:
+        """Whether the store holds the weight in packed form, so that the layer has no weight of its own."""
+        return self.store is not None and "weight" in self.store.roles and self.store.packed("weight") is not None
+
+    def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor | None:
+        """input · weightᵀ from stored tensors; None where the weight must be decoded first."""
+        if self.store is None or self.compute is not None or not self.is_packed:
+            return None
+        return self.store.multiply(input, stored)
+
+    def encode(self, value: Tensor | None, role: str) -> dict[str, Tensor]:
+        """The stored tensors of an operand; {"value": value} where nothing stores it. None: a packed weight."""
+        packed = self.store.packed(role) if self.store is not None and role in self.store.roles else None
         if packed is not None:
             return dict(packed)
+        assert value is not None  # only a packed weight leaves its layer without one
+        if self.store is None or role not in self.store.roles:
+            return {WHOLE: value}
         return dict(self.store.encode(value.detach() if self.store.straight_through else value, role))
 
-    def decode(self, value: Tensor, stored: dict[str, Tensor], role: str) -> Tensor:
+    def decode(self, value: Tensor | None, stored: dict[str, Tensor], role: str) -> Tensor:
         """The operand from its stored tensors, with its gradient led back to `value`."""
         if self.store is None or role not in self.store.roles:
             return stored[WHOLE]
         loaded = self.store.decode(stored, role)
-        if self.store.straight_through and value.requires_grad:
+        if self.store.straight_through and value is not None and value.requires_grad:
             return _StraightThrough.apply(value, loaded)
         return loaded
 

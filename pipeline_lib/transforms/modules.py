@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +29,20 @@ class LinearAtSite:
         if context.tokens is not None and input.ndim > 2:
             first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
         input = functions.activation(input, "input", first)
-        return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
+        if functions.is_packed:
+            return _by_device(functions, input, None, self._multiply_packed, functions.faulty)
+        return _by_device(functions, input, self.weight, self._multiply)
 
     def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
         compute = self.functions_at_site.compute
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
+
+    def _multiply_packed(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor:
+        functions = self.functions_at_site
+        product = functions.multiply(input, stored)
+        if product is None:
+            return self._multiply(input, functions.decode(None, stored, "weight").to(input.dtype))
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class EmbeddingAtSite:
@@ -52,7 +62,7 @@ class EmbeddingAtSite:
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
             )
-        return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
+        return _by_device(functions, input, self.weight, self._look_up)
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         compute = self.functions_at_site.compute
@@ -82,20 +92,28 @@ class InnerAttentionAtSites:
         return self.attention_sites.attend(q, k, v, mask=None, scale=factor, is_causal=is_causal)[0]
 
 
-def _by_device(functions: SiteFunctions, operand: Tensor, weight: Tensor, meet: Any) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads."""
-    if not functions.holds("weight"):
+def _by_device(
+    functions: SiteFunctions,
+    operand: Tensor,
+    weight: Tensor | None,
+    meet: Callable[[Tensor, Any], Tensor],
+    load: Callable[[dict[str, Tensor], str, int], Any] | None = None,
+) -> Tensor:
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads.
+
+    Args:
+        load: (stored tensors, role, sequence) → what `meet` gets; default: the decoded weight.
+    """
+    if weight is not None and not functions.holds("weight"):
         return meet(operand, weight)
     stored = functions.encode(weight, "weight")
+    load = load or (lambda stored, role, first: functions.weight(stored, weight, role, first))
     pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
     if pieces == 1:
-        return meet(operand, functions.weight(stored, weight, "weight"))
+        return meet(operand, load(stored, "weight", 0))
     size = operand.shape[0] // pieces
     return torch.cat(
-        [
-            meet(part, functions.weight(stored, weight, "weight", index * size))
-            for index, part in enumerate(operand.split(size))
-        ]
+        [meet(part, load(stored, "weight", index * size)) for index, part in enumerate(operand.split(size))]
     )
 
 
