@@ -162,6 +162,8 @@ def recipe_settings(name: str, **override: Any) -> dict[str, Any]:
     """Tiny settings of a recipe, resolved."""
     module = RECIPES.load(name)
     own = {"type": name, "steps": STEPS, "global_batch": BATCH, "seq_len": SEQ_LEN, "lr": 1e-2, "warmup_steps": 2}
+    restarts = {"rank": 4, "reset_every": 2, "reset_warmup": 1}
+    own.update({key: value for key, value in restarts.items() if key in module.Settings.model_fields})
     return json.loads(json.dumps(module.Settings(**{**own, **override}).resolved(None).semantic()))
 
 

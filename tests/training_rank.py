@@ -135,7 +135,7 @@ class _Recorded(Fault):
     def __call__(self, tensor: torch.Tensor, role: str, draw: Draw) -> torch.Tensor:
         faulty = self.fault(tensor, role, draw)
         with torch.no_grad():
-            changed = faulty.contiguous().view(torch.int32) ^ tensor.contiguous().view(torch.int32)
+            changed = faulty.contiguous().view(torch.uint8) ^ tensor.contiguous().view(torch.uint8)
         context, first = self.functions.context, int(draw.first_row)
         for row, mask in enumerate(changed):
             place = f"step {int(context.step)} {self.functions.site.name} {role} row {first + row}"

@@ -112,7 +112,7 @@ class Resolver:
     def architecture(self, exp: Resolved, seq_len: int) -> dict[str, Any]:
         """The model settings of a spec."""
         model = exp.model
-        own = model.llama or model.bert
+        own = model.llama or model.mistral or model.bert
         if own is None:
             assert model.hub is not None
             commit = pinned("model", model.hub.repo, model.hub.revision)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from pipeline_lib.config.base import Settings
-from pipeline_lib.config.models import Bert, Llama
+from pipeline_lib.config.models import Bert, Llama, Mistral
 
 PluginSettings = dict[str, Any]
 
@@ -98,7 +98,7 @@ class HubModel(Settings):
 
     repo: str = Field(description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit")
-    family: Literal["llama", "bert"] = Field(default="llama", description="its architecture family")
+    family: Literal["llama", "mistral", "bert"] = Field(default="llama", description="its architecture family")
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
 
 
@@ -106,6 +106,7 @@ class Model(Settings):
     """An architecture at a size, or a hub checkpoint, with the defaults of experiments on it."""
 
     llama: Llama | None = Field(default=None, description="a llama of these dimensions")
+    mistral: Mistral | None = Field(default=None, description="a mistral of these dimensions")
     bert: Bert | None = Field(default=None, description="a BERT of these dimensions")
     hub: HubModel | None = Field(default=None, description="a hub checkpoint: {repo, revision}")
     tokenizer: str | None = Field(default=None, description="name of a tokenizer (a hub checkpoint brings its own)")
@@ -119,9 +120,9 @@ class Model(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Model:
-        given = [name for name in ("llama", "bert", "hub") if getattr(self, name) is not None]
+        given = [name for name in ("llama", "mistral", "bert", "hub") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of `llama`, `bert` and `hub`")
+            raise ValueError("give exactly one of `llama`, `mistral`, `bert` and `hub`")
         if self.hub is None and self.tokenizer is None:
             raise ValueError("a model that is built from dimensions needs a `tokenizer`")
         return self

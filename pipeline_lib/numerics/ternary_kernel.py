@@ -1,7 +1,7 @@
 """Triton kernels of `ternary_linear`: bytes are unpacked in registers, digit by digit, and multiplied at once.
 
-The digit i of the bytes b belongs to the weights b·D + i (D codes a byte), so a tile of bytes meets every D-th column of
-x: one product for each digit, no shuffling. Sums are fp32.
+The digit i of the bytes b belongs to the weights b·D + i (D codes a byte), so a tile of bytes meets every D-th column
+of x: one product for each digit, no shuffling. Sums are fp32.
 
 Imported only where it is used: by CUDA tensors, and by tests under Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -12,7 +12,6 @@ Imported only where it is used: by CUDA tensors, and by tests under Triton's int
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,7 @@ def _codes(byte, DIGIT: tl.constexpr, D: tl.constexpr):
     """The codes -1, 0, 1 (fp32) in one place of the bytes; see `numerics.trits` for the layouts."""
     word = byte.to(tl.int32)
     if D == 5:
-        place: tl.constexpr = (81 if DIGIT == 0 else 27 if DIGIT == 1 else 9 if DIGIT == 2 else 3 if DIGIT == 3 else 1)
+        place: tl.constexpr = 81 if DIGIT == 0 else 27 if DIGIT == 1 else 9 if DIGIT == 2 else 3 if DIGIT == 3 else 1
         digit = (tl.minimum(word, 242) // place) % 3
     else:
         digit = tl.minimum((word >> (2 * DIGIT)) & 3, 2)
@@ -108,9 +107,7 @@ def _gradient_kernel(
             g + m.to(tl.int64)[:, None] * N + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0.0
         )
         inside = (n[:, None] < N) & (b[None, :] < BYTES)
-        w_NB = _codes(
-            tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0), DIGIT, D
-        )
+        w_NB = _codes(tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0), DIGIT, D)
         if GROUPED:
             at = n[:, None] * GROUPS + (k // WIDTH)[None, :]
             w_NB *= tl.load(scale + at, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0).to(tl.float32)

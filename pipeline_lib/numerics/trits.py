@@ -32,7 +32,7 @@ def packed_width(features: int, layout: Layout = "trits") -> int:
 
 
 def pack_codes(codes: Tensor, layout: Layout = "trits") -> Tensor:
-    """uint8 [..., packed_width(n)] from codes [..., n] in -1, 0, 1 (any dtype); a last byte is filled up with code 0."""
+    """uint8 [..., packed_width(n)] from codes [..., n] in -1, 0, 1 (any dtype); the last byte is filled up with 0."""
     count = PER_BYTE[layout]
     digits = pad(codes, (0, -codes.shape[-1] % count)).to(torch.int16) + 1
     digits = digits.unflatten(-1, (-1, count))

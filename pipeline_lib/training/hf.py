@@ -22,9 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
+from pipeline_lib.models.blocks import blocks
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
-from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
+from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.hooks import Hooks, refuse_loop_hooks
 from pipeline_lib.training.loop import gradient_norm, not_finite, resumable

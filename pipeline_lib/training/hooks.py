@@ -8,6 +8,7 @@ refuses a recipe that overrides what the Trainer decides itself (`LOOP_ONLY`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.training.losses import cross_entropy_per_example
 from pipeline_lib.training.schedules import lr_factor
 from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.state import full_state
 
 if TYPE_CHECKING:
     from pipeline_lib.data.tokens import BatchLoader
@@ -36,7 +38,9 @@ class Hooks:
             alone, so that no rank, accumulation or resume changes it.
     """
 
-    LOOP_ONLY: ClassVar[tuple[str, ...]] = ("prepare", "select", "backward", "after_step", "progress", "state", "load")
+    LOOP_ONLY: ClassVar[tuple[str, ...]] = (
+        "prepare", "select", "backward", "after_step", "progress", "state", "load", "save", "restore", "export",
+    )  # fmt: skip
 
     def __init__(self, settings: TrainingSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
@@ -97,6 +101,16 @@ class Hooks:
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take back what `state` gave."""
+
+    def save(self, directory: Path) -> None:
+        """Write what this rank alone holds into a checkpoint that is not sealed yet; all ranks call it."""
+
+    def restore(self, loop: Loop, directory: Path) -> None:
+        """Read what `save` wrote, after the model, the optimizer and `load` have their state back."""
+
+    def export(self, loop: Loop) -> dict[str, Tensor]:
+        """The weights that the training leaves: on rank 0 name → whole CPU tensor, on the others nothing."""
+        return full_state(loop.model)
 
     @property
     def _steps(self) -> int:

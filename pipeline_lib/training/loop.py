@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
+from pipeline_lib.models.blocks import blocks
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
-from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
+from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.hooks import Batch
+from pipeline_lib.training.loss_scale import LossScale
 from pipeline_lib.training.losses import count_targets
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog
@@ -31,7 +33,7 @@ from pipeline_lib.training.outcome import Tail, publish
 from pipeline_lib.training.run import recipe_of
 from pipeline_lib.training.settings import option
 from pipeline_lib.training.signals import StopRequest
-from pipeline_lib.training.state import full_state, load_hooks, load_optimizer, load_values, load_weights, save_state
+from pipeline_lib.training.state import load_hooks, load_optimizer, load_values, load_weights, save_state
 
 
 def run(job: Job) -> None:
@@ -49,6 +51,8 @@ class Loop:
         model: sharded when there are several ranks; parameters bear Hugging Face names.
         context: the faults' bookkeeping.
         optimizer: a hook may replace it (after a merge, for example).
+        parameters: of the model and its transform, before a hook changed either.
+        scale: of the loss, where the precision is fp16.
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
     """
@@ -66,9 +70,11 @@ class Loop:
         self.model: Any = initial_model(job)
         applied = apply_transform(job, self.model)
         self.context, self.transform_report = applied.context, applied.report
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.hooks.prepare(self)
         self._place()
         self.optimizer = self.hooks.optimizer(self.model.parameters())
+        self.scale = LossScale(self.settings.precision == "fp16")
         self.checkpoints = job.work / "checkpoints"
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
         self._resume()
@@ -98,13 +104,13 @@ class Loop:
             if log:
                 log.close(finished=False)
             raise
-        state = full_state(self.model)
+        state = self.hooks.export(self)
         if log:
             seconds = time.monotonic() - started
             result = {
                 "steps": self.step,
                 "tokens": self.tokens,
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "parameters": self.parameters,
                 "final_train_loss": self.tail.mean(),
                 "transform_report": self.transform_report,
             }
@@ -152,12 +158,14 @@ class Loop:
             with autocast(self.device, self.settings.precision):
                 loss_B = hooks.loss(self.model, batch)
             summed += loss_B.detach().sum()
-            hooks.backward(self, loss_B.sum() / max(targets, 1))
-        norm = gradient_norm(self.model, self.settings.max_norm)
+            hooks.backward(self, loss_B.sum() * self.scale.value / max(targets, 1))
+        norm = gradient_norm(self.model, self.settings.max_norm, self.scale.value)
         self.loss = distributed.total([float(summed)])[0] / max(targets, 1)
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):  # both are global: all ranks agree
-            raise not_finite(step, self.loss, norm)
-        self.optimizer.step()
+        take = self.scale.update(norm)
+        if not math.isfinite(self.loss) or (take and not math.isfinite(norm)) or self.scale.exhausted:
+            raise not_finite(step, self.loss, norm)  # all are global: all ranks agree
+        if take:
+            self.optimizer.step()
         self.step += 1
         self.tokens += self.settings.tokens_per_step
         self.tail.add(self.step, self.loss)
@@ -177,7 +185,10 @@ class Loop:
         directory = self.checkpoints / checkpoint_name(self.step)
         tensors, values = self.hooks.state()
         own = {"step": self.step, "tokens": self.tokens, "tail": self.tail.losses, "hooks": values}
+        own["loss_scale"] = self.scale.state()
         save_state(directory, self.model, self.optimizer, {**own, "fingerprint": self.job.fingerprint}, tensors)
+        self.hooks.save(directory)
+        distributed.barrier()  # every rank has written its part: now the seal commits them all
         if distributed.rank() == 0:
             seal(directory)
             prune(self.checkpoints, option(self.job, "keep_checkpoints", 3))
@@ -191,6 +202,8 @@ class Loop:
         load_weights(found, self.model)
         load_optimizer(found, self.model, self.optimizer)
         self.hooks.load(load_hooks(found), values["hooks"])
+        self.hooks.restore(self, found)
+        self.scale.load(values["loss_scale"])
         self.step, self.tokens = values["step"], values["tokens"]
         self.tail = Tail(self.settings.steps, values["tail"])
 
@@ -232,10 +245,24 @@ def shard(model: nn.Module, device: torch.device) -> None:
             part.set_force_sum_reduction_for_comms(True)
 
 
-def gradient_norm(model: nn.Module, limit: float | None) -> float:
-    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def gradient_norm(model: nn.Module, limit: float | None, scale: float = 1.0) -> float:
+    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it.
+
+    Args:
+        scale: what the loss was multiplied by; the gradients are divided by it, unless they overflowed.
+    """
+    whole = limit is None or scale != 1.0
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if whole else limit)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if scale == 1.0:
+        return norm
+    norm = norm / scale
+    if math.isfinite(norm):
+        factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor / scale)
+    return norm
 
 
 def not_finite(step: int, loss: float, norm: float) -> UserError:

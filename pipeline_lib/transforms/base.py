@@ -129,8 +129,10 @@ class Store(Function, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no packed form")
 
     def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor | None:
-        """input [..., in] · weightᵀ from the stored tensors of a packed weight, without the whole weight; differentiable
-        with respect to the input. None: there is no such way, decode and multiply."""
+        """input [..., in] · weightᵀ from the stored tensors of a packed weight, without the whole weight.
+
+        Differentiable with respect to the input. None: there is no such way, decode and multiply.
+        """
         return None
 
 

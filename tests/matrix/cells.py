@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 STEPS = 3
 TASK = "held-out"
 DIMENSIONS = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 64}
-BUDGET = {"steps": STEPS, "global_batch": 4, "seq_len": 16, "lr": 1e-3}
+BUDGET = {"steps": STEPS, "global_batch": 4, "seq_len": 16, "lr": 1e-3, "rank": 4, "reset_every": 1, "reset_warmup": 0}
 
 
 @dataclass(frozen=True)

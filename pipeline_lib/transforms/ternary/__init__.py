@@ -1,7 +1,7 @@
 """Transform `ternary`: linear weights of three values, -s, 0 and s, held as packed codes and scales.
 
 Trained weights stay fp32 (latent) and pass their gradient straight through the quantiser (Bengio et al., 2013, arXiv
-1308.3432); frozen ones can be held as the packed codes alone, and are then multiplied without being unpacked as a whole.
+1308.3432); frozen ones can be held as the packed codes alone, and then no product unpacks a whole matrix.
 Activations, biases, norms, the head and the embeddings are not touched unless a pattern names them.
 """
 
