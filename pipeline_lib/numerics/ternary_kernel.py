@@ -7,7 +7,7 @@ Imported only where it is used: by CUDA tensors, and by tests under Triton's int
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false
 # (kernels are Python that Triton compiles; a type checker sees only their surface)
 
 from __future__ import annotations

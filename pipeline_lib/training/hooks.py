@@ -108,6 +108,10 @@ class Hooks:
     def restore(self, loop: Loop, directory: Path) -> None:
         """Read what `save` wrote, after the model, the optimizer and `load` have their state back."""
 
+    def host_memory(self) -> int:
+        """Bytes of tensors that the recipe keeps on the host, of this rank."""
+        return 0
+
     def export(self, loop: Loop) -> dict[str, Tensor]:
         """The weights that the training leaves: on rank 0 name → whole CPU tensor, on the others nothing."""
         return full_state(loop.model)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
 from pipeline_lib.models.blocks import blocks
+from pipeline_lib.models.memory import MIB, Activations, activations, state_account
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
 from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
@@ -52,6 +54,7 @@ class Loop:
         context: the faults' bookkeeping.
         optimizer: a hook may replace it (after a merge, for example).
         parameters: of the model and its transform, before a hook changed either.
+        kept: what a micro-batch keeps in memory for its backward pass, once it is known.
         scale: of the loss, where the precision is fp16.
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
@@ -76,6 +79,7 @@ class Loop:
         self.optimizer = self.hooks.optimizer(self.model.parameters())
         self.scale = LossScale(self.settings.precision == "fp16")
         self.checkpoints = job.work / "checkpoints"
+        self.kept: Activations | None = None
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
         self._resume()
 
@@ -130,7 +134,7 @@ class Loop:
                 speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
                 last_time, last_tokens = now, self.tokens
                 if log:
-                    log.log(self.step, **figures, tokens_per_s=speed, **peak_memory())
+                    log.log(self.step, **figures, tokens_per_s=speed, **self._memory())
             stopping = stop.agreed() and not done
             if done or stopping or self.step % save_every == 0:
                 self.save()
@@ -155,8 +159,7 @@ class Loop:
             self._sync_gradients(number == len(batches) - 1)
             torch.manual_seed(micro_seed(self.seed, step, first))
             self.context.begin(step, first)
-            with autocast(self.device, self.settings.precision):
-                loss_B = hooks.loss(self.model, batch)
+            loss_B = self._forward(batch)
             summed += loss_B.detach().sum()
             hooks.backward(self, loss_B.sum() * self.scale.value / max(targets, 1))
         norm = gradient_norm(self.model, self.settings.max_norm, self.scale.value)
@@ -171,6 +174,27 @@ class Loop:
         self.tail.add(self.step, self.loss)
         hooks.after_step(self, self.step)
         return rate, norm
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """loss_B of a micro-batch; the first shows what that keeps in memory, where one device has all."""
+
+        def forward() -> Tensor:
+            with autocast(self.device, self.settings.precision):
+                return self.hooks.loss(self.model, batch)
+
+        if self.kept is not None or distributed.world() > 1 or option(self.job, "compile", False):
+            return forward()
+        loss_B, self.kept = activations(self.model, forward)
+        return loss_B
+
+    def _memory(self) -> dict[str, float]:
+        """The account of this rank's memory, without activations where they were not seen, and the process's peak."""
+        account = state_account(self.model, self.hooks.host_memory())
+        if self.kept is None:
+            return {k: v for k, v in account.figures().items() if k != "mem_activations_mib"} | peak_memory()
+        account = replace(account, activations=self.kept.total())
+        stated = account.total(accumulates=self.sharing.accumulation > 1) / MIB
+        return {**account.figures(), "mem_stated_mib": round(stated, 3), **peak_memory()}
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -251,8 +275,8 @@ def gradient_norm(model: nn.Module, limit: float | None, scale: float = 1.0) -> 
     Args:
         scale: what the loss was multiplied by; the gradients are divided by it, unless they overflowed.
     """
-    whole = limit is None or scale != 1.0
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if whole else limit)
+    at_most = math.inf if limit is None or scale != 1.0 else limit
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), at_most)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if scale == 1.0:
         return norm

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline_lib.models.naming import is_adapter
 from pipeline_lib.training.masking import CramHooks
 from pipeline_lib.training.masters import RowShares, load_masters, save_masters
 from pipeline_lib.training.schedules import is_merge, jagged_lr_factor, published_lr_factor
 from pipeline_lib.training.state import full_state
-from pipeline_lib.transforms.low_rank import add_adapters, freeze, is_adapter
+from pipeline_lib.transforms.low_rank import add_adapters, freeze
 from pipeline_lib.transforms.state import assign, whole
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class ReLoRAHooks(CramHooks):
     def save(self, directory: Path) -> None:
         """This rank's master rows."""
         save_masters(directory, self.masters)
+
+    def host_memory(self) -> int:
+        """The master rows."""
+        return sum(master.nbytes for master in self.masters.values())
 
     def restore(self, loop: Loop, directory: Path) -> None:
         """Master rows from a checkpoint of any number of ranks, and the base that they make."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.models.blocks import blocks
+from pipeline_lib.models.naming import ADAPTER
 from pipeline_lib.transforms.compose import SiteFunctions
 from pipeline_lib.transforms.modules import reclass
 from pipeline_lib.transforms.state import assign, whole
 
-ADAPTER = "low_rank"  # the attribute under which a linear layer holds its adapter
 Start = Literal["xavier", "orthogonal"]
 
 
@@ -115,14 +115,10 @@ def add_adapters(
             )
     chosen: dict[str, Any] = {n: m for n, m in linears.items() if any(fnmatchcase(n, p) for p in patterns)}
     for layer in chosen.values():
-        layer.low_rank = Adapter(layer.weight.shape, rank, factor, start)
+        adapter = Adapter(layer.weight.shape, rank, factor, start)
+        layer.add_module(ADAPTER, adapter)
         reclass(layer, LinearWithAdapter)
     return chosen
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return f".{ADAPTER}." in f".{name}"
 
 
 def freeze(layer: Any, dtype: torch.dtype) -> None:
