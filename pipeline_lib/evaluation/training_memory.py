@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 from pipeline_lib.evaluation.base import Subject
 from pipeline_lib.models.blocks import blocks
 from pipeline_lib.models.memory import (
-    Account,
     Activations,
+    Measured,
     activations,
     allocated_peak,
-    at_layers,
     size,
     state_account,
 )
@@ -33,14 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 2  # the optimizer has its state from the second on
 
 
-def measure(
-    subject: Subject, arm: str, settings: Settings, seed: int, layers: int | None = None
-) -> tuple[Account, int]:
-    """(the stated account, the measured peak in bytes) of one arm.
-
-    Args:
-        layers: state it for the same model with another number of blocks.
-    """
+def measure(subject: Subject, arm: str, settings: Settings, seed: int) -> Measured:
+    """One arm's account, and the allocator's word."""
     device = next(subject.model.parameters()).device
     # Made on the host, as a training makes it: there a weight is whole before it is packed.
     model: Any = copy.deepcopy(subject.model).cpu().float().train()
@@ -53,9 +47,10 @@ def measure(
     found: list[Activations] = []
     there = 0 if device.type == "cuda" else sum(size(t) for t in [*model.parameters(), *model.buffers()])
     peak = there + allocated_peak(lambda: found.append(_train(model.to(device), context, settings, seed)), device)
-    account = state_account(model, host)
+    account = replace(state_account(model, host), activations=found[0].total())
+    block = state_account(model, host_block, among=blocks(model)[0])
     gc.collect()
-    return at_layers(account, model, found[0], len(blocks(model)) if layers is None else layers, host_block), peak
+    return Measured(account, block, found[0], peak)
 
 
 def _train(model: Any, context: FaultContext | None, settings: Settings, seed: int) -> Activations:

@@ -10,7 +10,7 @@ where it is larger.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -169,15 +169,27 @@ def _detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def at_layers(account: Account, model: nn.Module, kept: Activations, layers: int, host_block: int = 0) -> Account:
-    """The account of the same model with another number of blocks, from what one of its blocks takes."""
-    own = blocks(model)
-    more, block = layers - len(own), state_account(model, among=own[0])
-    grown = {
-        name: getattr(account, name) + more * getattr(block, name)
-        for name in ("weights", "adapters", "gradients", "optimizer")
-    }
-    return replace(account, **grown, activations=kept.total(layers), host=account.host + more * host_block)
+@dataclass(frozen=True)
+class Measured:
+    """A training's stated and measured memory.
+
+    Attributes:
+        account: what it states.
+        block: the part of one block in it, activations apart.
+        kept: its activations.
+        peak: bytes by the allocator's count.
+    """
+
+    account: Account
+    block: Account
+    kept: Activations
+    peak: int
+
+    def at(self, layers: int, work: float = 1.0) -> Account:
+        """The account of the model with another number of blocks, and `work` times as many tokens a micro-batch."""
+        more = layers - self.kept.layers
+        grown = {name: value + more * getattr(self.block, name) for name, value in vars(self.account).items()}
+        return Account(**{**grown, "activations": round(work * self.kept.total(layers))})
 
 
 def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:

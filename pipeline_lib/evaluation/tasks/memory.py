@@ -70,11 +70,12 @@ class MemoryTask:
         arms = [arm for arm in settings.arms if subject.context is None or arm != "relora_ternary"]
         metrics: dict[str, float] = {}
         measured = {arm: measure(subject, arm, settings, seed) for arm in arms}
-        for arm, (account, peak) in measured.items():
+        for arm, found in measured.items():
+            account = found.account
             figures = account.figures() | {"stated": account.total(settings.accumulation > 1) / 2**20}
             metrics |= {f"{arm}.{name}": value for name, value in figures.items()}
-            metrics[f"{arm}.measured"] = peak / 2**20
+            metrics[f"{arm}.measured"] = found.peak / 2**20
             if "full" in measured:
-                metrics[f"{arm}.share"] = peak / measured["full"][1]
+                metrics[f"{arm}.share"] = found.peak / measured["full"].peak
         work = settings.model_dump(include={"micro_batch", "accumulation", "seq_len", "precision"})
         return Outcome(metrics, {}, settings.micro_batch * settings.accumulation, work)
