@@ -33,11 +33,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 2  # the optimizer has its state from the second on
 
 
-def measure(subject: Subject, arm: str, settings: Settings, seed: int) -> Measured:
-    """One arm's account, and the allocator's word."""
+def measure(subject: Subject, arm: str, settings: Settings, seed: int, use_up: bool = False) -> Measured:
+    """One arm's account, and the allocator's word.
+
+    Args:
+        use_up: train the subject's own fp32 model and not a copy, where there is no memory for both.
+    """
     device = next(subject.model.parameters()).device
     # Made on the host, as a training makes it: there a weight is whole before it is packed.
-    model: Any = copy.deepcopy(subject.model).cpu().float().train()
+    model: Any = (subject.model if use_up else copy.deepcopy(subject.model)).cpu().float().train()
     context = subject.context
     if arm == "relora_ternary":
         context = apply(model, [{"type": "ternary", **settings.ternary}], seed=seed).context
