@@ -1,6 +1,6 @@
 """Plain, ternary, ReLoRA and ReLoRA on ternary weights, trained side by side: same data order, steps, seeds, lr grid.
 
-    python -m studies.relora [--seeds 0 1 2] [--steps 160] [--no-large]
+    python -m studies.relora [--seeds 0 1 2] [--steps 120] [--no-large]
 
 Every arm trains `nano` from the same initial weights on the same batches, at every learning rate of the grid and every
 seed; an arm is shown at the rate with the lowest mean final validation loss. Trainings are kept in
@@ -236,7 +236,7 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
 if __name__ == "__main__":
     options: dict[str, Any] = {
         "seeds": {"type": int, "nargs": "+", "default": [0, 1, 2], "help": "training seeds"},
-        "steps": {"type": int, "default": 160, "help": "optimizer steps of each training"},
+        "steps": {"type": int, "default": 120, "help": "optimizer steps of each training"},
         "no-large": {"action": "store_true", "help": "leave out the memory of the large shape"},
     }
     main(NAME, __doc__ or "", run, derive, **options)

@@ -128,12 +128,15 @@ class Store(Function, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no packed form")
 
-    def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor | None:
-        """input [..., in] · weightᵀ from the stored tensors of a packed weight, without the whole weight.
+    def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
+        """input [..., in] -> [..., out]: the linear product from the stored tensors, where `packed` gives them.
 
-        Differentiable with respect to the input. None: there is no such way, decode and multiply.
+        Of a store that can `pack` it is differentiable with respect to the input. By default the decoded weight meets
+        the input.
         """
-        return None
+        import torch.nn.functional as F
+
+        return F.linear(input, self.decode(stored, "weight").to(input.dtype), bias)
 
 
 class Fault(Function, ABC):

@@ -75,6 +75,12 @@ class SiteFunctions:
         """Whether anything happens to this operand before the operands meet."""
         return (self.store is not None and role in self.store.roles) or self.is_faulty(role)
 
+    @property
+    def packed_store(self) -> Store | None:
+        """The store of the weight if it holds packed tensors, which the operation then reads as they are."""
+        store = self.store if self.compute is None else None
+        return store if store is not None and store.packed("weight") is not None else None
+
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""
         return any(role in fault.roles for _, fault in self.faults)
@@ -138,12 +144,12 @@ class SiteFunctions:
 
         Args:
             stored: what `encode(value, role)` gave.
-            value: None where the weight is packed.
+            value: None where the store holds it packed.
         """
         return self.decode(value, self.faulty(stored, role, first_sequence), role)
 
     def faulty(self, stored: dict[str, Tensor], role: str, first_sequence: int = 0) -> dict[str, Tensor]:
-        """What faults leave of the stored tensors of a weight."""
+        """The stored tensors of a weight as that virtual device has them in memory."""
         faulty = dict(stored)
         for index, fault, part in self._faulty_parts(role):
             tensor = faulty[part].unsqueeze(0)
@@ -151,19 +157,8 @@ class SiteFunctions:
             faulty[part] = fault(tensor, role, draw).squeeze(0)
         return faulty
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether the store holds the weight in packed form, so that the layer has no weight of its own."""
-        return self.store is not None and "weight" in self.store.roles and self.store.packed("weight") is not None
-
-    def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor | None:
-        """input · weightᵀ from stored tensors; None where the weight must be decoded first."""
-        if self.store is None or self.compute is not None or not self.is_packed:
-            return None
-        return self.store.multiply(input, stored)
-
     def encode(self, value: Tensor | None, role: str) -> dict[str, Tensor]:
-        """The stored tensors of an operand; {"value": value} where nothing stores it. None: a packed weight."""
+        """The stored tensors of an operand; {"value": value} where nothing stores it."""
         packed = self.store.packed(role) if self.store is not None and role in self.store.roles else None
         if packed is not None:
             return dict(packed)

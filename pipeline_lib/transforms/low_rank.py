@@ -81,17 +81,15 @@ class LinearWithAdapter:
         assert self.weight is not None
         return self._multiply(input, self.weight)
 
-    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(input.device.type):
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+        if isinstance(weight, Tensor) and not torch.is_autocast_enabled(input.device.type):
             weight = weight.to(input.dtype)  # a frozen weight may be held in half precision
-        own = super()._multiply if hasattr(self, "functions_at_site") else self._plain  # type: ignore[misc]
-        return own(input, weight) + self.low_rank(input)
-
-    def _plain(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, weight, self.bias)
-
-    def _multiply_packed(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        return super()._multiply_packed(input, stored) + self.low_rank(input)  # type: ignore[misc]
+        if hasattr(self, "functions_at_site"):
+            own: Tensor = super()._multiply(input, weight)  # type: ignore[misc]
+        else:
+            assert isinstance(weight, Tensor)
+            own = F.linear(input, weight, self.bias)
+        return own + self.low_rank(input)
 
 
 def add_adapters(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,21 +28,16 @@ class LinearAtSite:
         if context.tokens is not None and input.ndim > 2:
             first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
         input = functions.activation(input, "input", first)
-        if functions.is_packed:
-            return _by_device(functions, input, None, self._multiply_packed, functions.faulty)
-        return _by_device(functions, input, self.weight, self._multiply)
+        if functions.packed_store is not None:
+            return _by_device(functions, input, self.weight, lambda part, stored: self._multiply(part, stored), True)
+        return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
-    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        compute = self.functions_at_site.compute
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+        """The product with a weight, or with the stored tensors of a packed one."""
+        packed, compute = self.functions_at_site.packed_store, self.functions_at_site.compute
+        if packed is not None and isinstance(weight, dict):
+            return packed.multiply(weight, input, self.bias)
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
-
-    def _multiply_packed(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        functions = self.functions_at_site
-        product = functions.multiply(input, stored)
-        if product is None:
-            weight = functions.decode(None, stored, "weight").to(input.dtype)
-            return LinearAtSite._multiply(self, input, weight)  # its own product, whatever a class above adds
-        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class EmbeddingAtSite:
@@ -63,7 +57,16 @@ class EmbeddingAtSite:
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
             )
-        return _by_device(functions, input, self.weight, self._look_up)
+        packed = functions.packed_store
+        if packed is not None:  # only the rows that are asked for are decoded
+            return _by_device(
+                functions,
+                input,
+                self.weight,
+                lambda ids, stored: packed.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                True,
+            )
+        return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         compute = self.functions_at_site.compute
@@ -94,28 +97,23 @@ class InnerAttentionAtSites:
 
 
 def _by_device(
-    functions: SiteFunctions,
-    operand: Tensor,
-    weight: Tensor | None,
-    meet: Callable[[Tensor, Any], Tensor],
-    load: Callable[[dict[str, Tensor], str, int], Any] | None = None,
+    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, packed: bool = False
 ) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads.
-
-    Args:
-        load: (stored tensors, role, sequence) → what `meet` gets; default: the decoded weight.
-    """
-    if weight is not None and not functions.holds("weight"):
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its packed tensors."""
+    if not functions.holds("weight"):
         return meet(operand, weight)
     stored = functions.encode(weight, "weight")
-    load = load or (lambda stored, role, first: functions.weight(stored, weight, role, first))
+
+    def loaded(first_sequence: int) -> Any:
+        if packed:
+            return functions.faulty(stored, "weight", first_sequence)
+        return functions.weight(stored, weight, "weight", first_sequence)
+
     pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
     if pieces == 1:
-        return meet(operand, load(stored, "weight", 0))
+        return meet(operand, loaded(0))
     size = operand.shape[0] // pieces
-    return torch.cat(
-        [meet(part, load(stored, "weight", index * size)) for index, part in enumerate(operand.split(size))]
-    )
+    return torch.cat([meet(part, loaded(index * size)) for index, part in enumerate(operand.split(size))])
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

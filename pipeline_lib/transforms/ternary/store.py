@@ -68,15 +68,15 @@ class TernaryStore(nn.Module, Store):
         device = value.device if self.codes is None else self.codes.device
         self.codes, self.scale = stored["codes"].to(device), stored["scale"].to(device)
 
-    def multiply(self, input: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        """input · weightᵀ, unpacked tile by tile; under autocast in its dtype."""
+    def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Store.multiply`; unpacked tile by tile, under autocast in its dtype."""
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         settings = self.settings
-        return ternary_linear(
-            input, stored["codes"], stored["scale"], self.features, settings.layout, settings.group_size
-        )
+        codes, scale = stored["codes"], stored["scale"]
+        y = ternary_linear(input, codes, scale, self.features, settings.layout, settings.group_size)
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class Ternary(Transform):
