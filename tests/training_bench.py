@@ -51,7 +51,7 @@ class Sabotage:
     """Something that happens to a rank at the `number`-th time that it passes a place.
 
     Places: batch (a micro-batch is read), write (a file or directory reaches the disk), log (a line of
-    metrics is half written).
+    metrics is half written), merge (a step of a ReLoRA merge, or its master weights are written).
     """
 
     action: str  # kill or term

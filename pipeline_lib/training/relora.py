@@ -77,12 +77,7 @@ class ReLoRAHooks(CramHooks):
     def _merged(self, name: str, layer: Any) -> Tensor:
         """This rank's rows of the weight with its update added, fp32 on the host."""
         first, last = self.shares.span(self.rows[name])
-        base = self.masters[name]
-        if self.settings.merge_onto == "quantised" and layer.weight is None:
-            functions = layer.functions_at_site
-            seen = functions.decode(None, functions.encode(None, "weight"), "weight")
-            base = seen[first:last].to("cpu", torch.float32)
-        return base + layer.low_rank.delta(first, last).cpu()
+        return self.masters[name] + layer.low_rank.delta(first, last).cpu()
 
     def _load_base(self, name: str, layer: Any) -> None:
         """What products see becomes the master weight, in the form that the device holds."""

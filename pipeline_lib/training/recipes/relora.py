@@ -49,11 +49,6 @@ class Settings(TrainingSettings):
         description="jagged: each warm-up begins at 1/(reset_warmup + 1); published: as alex4321/bitlinear, "
         "the step that ends in a merge has rate 0, and the first warm-up is multiplied by a second",
     )
-    merge_onto: Literal["master", "quantised"] = Field(
-        "master",
-        description="what a merge adds the update to: the master weight, or what the adapter saw of it under a "
-        "transform that packs (then small updates are lost to rounding)",
-    )
     optimizer_reset: Literal["adapters", "all", "pruned"] = Field(
         "adapters",
         description="AdamW's state at a merge: forgotten for the adapters, for all parameters, "
