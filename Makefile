@@ -31,8 +31,8 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .snakemake
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
-BENCHMARKS := planning startup sweep nano_training bitflip_step
-STUDIES := study-robustness study-kills
+BENCHMARKS := planning startup sweep nano_training bitflip_step ternary_cpu
+STUDIES := study-robustness study-kills study-relora
 
 .PHONY: bench chaos $(STUDIES)
 
