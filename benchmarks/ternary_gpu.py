@@ -2,8 +2,8 @@
 
     python -m benchmarks.ternary_gpu [--rows 1 64 4096] [--features 4160] [--out 14400] [--rounds 20]
 
-Refuses to run without a GPU: nothing here is measured anywhere else. Goals: at least 2 times as fast as unpack + linear,
-at most 0.25 of bf16's bytes, at one row at least 2.5 times as fast as bf16. Writes benchmarks/ternary_gpu.json.
+Refuses to run without a GPU: nothing here is measured anywhere else. Goals: at least 2 times as fast as unpack +
+linear, at most 0.25 of bf16's bytes, at one row at least 2.5 times as fast as bf16. Writes benchmarks/ternary_gpu.json.
 """
 
 from __future__ import annotations
