@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, kills, robustness
+from studies import chaos, kills, relora_page, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
-ALL: dict[str, Derive] = {"chaos": chaos.derive, "kills": kills.derive, "robustness": robustness.derive}
+ALL: dict[str, Derive] = {
+    "chaos": chaos.derive,
+    "kills": kills.derive,
+    "relora": relora_page.derive,
+    "robustness": robustness.derive,
+}
 DERIVE = {name: derive for name, derive in ALL.items() if (FOLDER / f"{name}.json").exists()}
 
 
@@ -39,6 +44,14 @@ def change_a_fault(study: dict[str, Any]) -> None:
     study["faults"][5]["steps_lost"] += 1
 
 
+def worsen_a_loss(study: dict[str, Any]) -> None:
+    next(iter(study["cells"].values()))["points"][-1]["valid"] += 0.1
+
+
+def use_more_memory(study: dict[str, Any]) -> None:
+    study["large"]["arms"]["relora"]["measured"] *= 1.1
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -46,6 +59,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("chaos", change_a_fault),
     ("kills", change_a_time),
     ("kills", lose_a_kill),
+    ("relora", worsen_a_loss),
+    ("relora", use_more_memory),
 ]
 
 
