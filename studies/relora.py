@@ -37,7 +37,7 @@ RATES = (4.0e-3, 8.0e-3)
 POINTS = 4
 VALIDATION = 64  # sequences
 COMMON = {"global_batch": 8, "seq_len": 64, "betas": [0.9, 0.95], "weight_decay": 0.1, "max_norm": 1.0, "eps": 1e-8}
-LARGE = {"layers": 5, "measured_layers": 2, "micro_batch": 1, "accumulation": 2, "seq_len": 256, "rank": 128}
+LARGE = {"layers": 5, "measured_layers": 2, "micro_batch": 1, "accumulation": 2, "seq_len": 64, "rank": 128}
 PUBLISHED_TOKENS = 4 * 1024
 """Tokens of a published micro-batch."""
 

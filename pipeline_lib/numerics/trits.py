@@ -74,7 +74,7 @@ def group_sums(value: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """(sums, counts) over each row's groups of neighbours, fp32 [rows, groups]; the last group may be narrower."""
     rows, features = value.shape
     width = group_width(features, group_size)
-    grouped = pad(value.float(), (0, -features % width)).view(rows, -1, width)
+    grouped = pad(value.float(), (0, -features % width)).view(rows, -(-features // width), width)
     starts = torch.arange(0, features, width, device=value.device)
     return grouped.sum(-1), (features - starts).clamp(max=width).float().expand(rows, -1)
 

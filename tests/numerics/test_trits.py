@@ -87,6 +87,15 @@ def test_rows_and_groups_have_scales_of_their_own(group: int | None) -> None:
         assert torch.equal(codes[:, index * width : (index + 1) * width], own)
 
 
+def test_a_process_may_have_no_rows() -> None:
+    """More ranks than rows: the last ones hold nothing."""
+    for settings in ({"per_tensor": False}, {"per_tensor": False, "group_size": 4}, {"reduce": lambda _: [6.0, 12.0]}):
+        codes, scale = quantise(torch.empty(0, 10), **settings)  # type: ignore[arg-type]
+        assert codes.shape == (0, 10)
+        assert pack_codes(codes).shape == (0, 2)
+        assert scale.shape[0] == (1 if "reduce" in settings else 0)
+
+
 def test_zeros_stay_zeros() -> None:
     for quantiser in ("absmean_round", "sign_center"):
         codes, scale = quantise(torch.zeros(4, 7), quantiser, per_tensor=False, group_size=3)

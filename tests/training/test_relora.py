@@ -75,6 +75,8 @@ def test_no_step_is_wasted() -> None:
 def test_warm_up_must_fit_between_merges() -> None:
     with pytest.raises(ValueError, match="reset_warmup 5 must be less than reset_every 5"):
         Settings(steps=10, reset_every=5, reset_warmup=5)
+    with pytest.raises(ValueError, match="the published schedule decays linearly"):
+        Settings(steps=10, schedule="published", decay="cosine")
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
