@@ -30,12 +30,13 @@ class UnpackAndMultiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(packed, scale)
+        ctx.features = x.shape[-1]
         return F.linear(x, whole(packed, scale, x.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         packed, scale = ctx.saved_tensors
-        return gradients[0] @ whole(packed, scale, packed.shape[1] * 5), None, None
+        return gradients[0] @ whole(packed, scale, ctx.features), None, None
 
 
 def whole(packed: Tensor, scale: Tensor, features: int) -> Tensor:

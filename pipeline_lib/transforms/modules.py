@@ -35,7 +35,8 @@ class LinearAtSite:
     def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
         """The product with a weight, or with the stored tensors of a packed one."""
         packed, compute = self.functions_at_site.packed_store, self.functions_at_site.compute
-        if packed is not None and isinstance(weight, dict):
+        if isinstance(weight, dict):
+            assert packed is not None  # only then are there stored tensors here
             return packed.multiply(weight, input, self.bias)
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
 
