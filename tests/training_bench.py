@@ -58,7 +58,7 @@ class Sabotage:
     """Something that happens to a rank at the `number`-th time that it passes a place.
 
     Places: batch (a micro-batch is read), write (a file or directory reaches the disk), log (a line of
-    metrics is half written).
+    metrics is half written), merge (a step of a ReLoRA merge, or its master weights are written).
     """
 
     action: str  # kill or term
@@ -172,6 +172,8 @@ def recipe_settings(name: str, **override: Any) -> dict[str, Any]:
     """Tiny settings of a recipe, resolved."""
     module = RECIPES.load(name)
     own = {"type": name, "steps": STEPS, "global_batch": BATCH, "seq_len": SEQ_LEN, "lr": 1e-2, "warmup_steps": 2}
+    restarts = {"rank": 4, "reset_every": 2, "reset_warmup": 1}
+    own.update({key: value for key, value in restarts.items() if key in module.Settings.model_fields})
     return json.loads(json.dumps(module.Settings(**{**own, **override}).resolved(None).semantic()))
 
 

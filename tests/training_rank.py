@@ -20,7 +20,7 @@ import transformers.trainer  # noqa: F401
 from pipeline_lib.artifacts.files import write_json
 from pipeline_lib.data.records import RecordLoader
 from pipeline_lib.data.tokens import BatchLoader
-from pipeline_lib.training import worker
+from pipeline_lib.training import relora, worker
 from pipeline_lib.training.metrics import MetricsLog
 from pipeline_lib.training.titan import device
 from pipeline_lib.transforms.base import Draw, Fault
@@ -56,6 +56,7 @@ class _Watcher:
         self._watch_masks()
         self._watch_writes()
         self._watch_log()
+        self._watch_merges()
 
     def passes(self, place: str) -> bool:
         """Count; True when this is where the rank is to be stopped half-way."""
@@ -113,6 +114,25 @@ class _Watcher:
 
         os.fsync = fsync
 
+    def _watch_merges(self) -> None:
+        """Each layer's new master rows, each new base, the optimizer's restart, and each file of master weights."""
+
+        def watched(original: Any) -> Any:
+            def function(*args: Any, **kwargs: Any) -> Any:
+                if self.passes("merge"):
+                    self.die()
+                return original(*args, **kwargs)
+
+            return function
+
+        for owner, name in (
+            (relora.ReLoRAHooks, "_merged"),
+            (relora.ReLoRAHooks, "_load_base"),
+            (relora, "restart_optimizer"),
+            (relora, "save_masters"),
+        ):
+            setattr(owner, name, watched(getattr(owner, name)))
+
     def _watch_log(self) -> None:
         original, close = MetricsLog.log, MetricsLog.close
 
@@ -140,7 +160,7 @@ class _Recorded(Fault):
     def __call__(self, tensor: torch.Tensor, role: str, draw: Draw) -> torch.Tensor:
         faulty = self.fault(tensor, role, draw)
         with torch.no_grad():
-            changed = faulty.contiguous().view(torch.int32) ^ tensor.contiguous().view(torch.int32)
+            changed = faulty.contiguous().view(torch.uint8) ^ tensor.contiguous().view(torch.uint8)
         context, first = self.functions.context, int(draw.first_row)
         for row, mask in enumerate(changed):
             place = f"step {int(context.step)} {self.functions.site.name} {role} row {first + row}"

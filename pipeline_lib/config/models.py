@@ -41,6 +41,12 @@ class Llama(Settings):
         return rest + vocab * self.dim, rest
 
 
+class Mistral(Llama):
+    """Mistral: a llama's dimensions under Mistral's names, without a sliding window."""
+
+    family: Literal["mistral"] = "mistral"  # type: ignore[assignment]
+
+
 class Bert(Settings):
     """A BERT encoder with the masked-language-model head of Hugging Face (tied decoder)."""
 
@@ -65,7 +71,7 @@ class Bert(Settings):
         return rest + vocab * self.dim, rest
 
 
-ARCHITECTURES: dict[str, type[Llama] | type[Bert]] = {"llama": Llama, "bert": Bert}
+ARCHITECTURES: dict[str, type[Llama] | type[Bert]] = {"llama": Llama, "mistral": Mistral, "bert": Bert}
 
 
 def count_parameters(model: dict[str, Any]) -> tuple[int, int]:

@@ -117,7 +117,7 @@ class Resolver:
     def architecture(self, exp: Resolved, seq_len: int) -> dict[str, Any]:
         """The model settings of a spec."""
         model = exp.model
-        own = model.llama or model.bert
+        own = model.llama or model.mistral or model.bert
         if model.local is not None:
             files = self.checkpoint_files(exp.model_name, MODEL_FILES)
             return {"family": "local", "content": fingerprint(files), "architecture": model.local.family}

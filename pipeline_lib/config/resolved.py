@@ -50,8 +50,12 @@ class Resolved:
 
 
 def family_of(model: Model) -> str:
-    """`bert` or `llama`."""
-    return "bert" if model.bert or (model.trained and model.trained.family == "bert") else "llama"
+    """`llama`, `mistral` or `bert`."""
+    own = model.llama or model.mistral or model.bert
+    if own is not None:
+        return own.family
+    assert model.trained is not None  # one kind is given
+    return model.trained.family
 
 
 def check_complete(entry: Experiment, module: ModuleType, recipe: str, has_weights: bool, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from pipeline_lib.config.base import Settings
-from pipeline_lib.config.models import Bert, Llama
+from pipeline_lib.config.models import Bert, Llama, Mistral
 
 PluginSettings = dict[str, Any]
 
@@ -98,7 +98,7 @@ class HubModel(Settings):
 
     repo: str = Field(description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit")
-    family: Literal["llama", "bert"] = Field(default="llama", description="its architecture family")
+    family: Literal["llama", "mistral", "bert"] = Field(default="llama", description="its architecture family")
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
 
 
@@ -106,7 +106,7 @@ class LocalModel(Settings):
     """A checkpoint in a folder of this machine, known by its content; safetensors only."""
 
     path: str = Field(description="folder of a Hugging Face checkpoint, relative to config.yaml")
-    family: Literal["llama", "bert"] = Field(default="llama", description="its architecture family")
+    family: Literal["llama", "mistral", "bert"] = Field(default="llama", description="its architecture family")
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
 
 
@@ -114,6 +114,7 @@ class Model(Settings):
     """An architecture at a size, or a checkpoint that is there already, with the defaults of experiments on it."""
 
     llama: Llama | None = Field(default=None, description="a llama of these dimensions")
+    mistral: Mistral | None = Field(default=None, description="a mistral of these dimensions")
     bert: Bert | None = Field(default=None, description="a BERT of these dimensions")
     hub: HubModel | None = Field(default=None, description="a hub checkpoint: {repo, revision}")
     local: LocalModel | None = Field(default=None, description="a checkpoint on this machine: {path}")
@@ -128,9 +129,9 @@ class Model(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Model:
-        given = [name for name in ("llama", "bert", "hub", "local") if getattr(self, name) is not None]
+        given = [name for name in ("llama", "mistral", "bert", "hub", "local") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of `llama`, `bert`, `hub` and `local`")
+            raise ValueError("give exactly one of `llama`, `mistral`, `bert`, `hub` and `local`")
         if self.trained is None and self.tokenizer is None:
             raise ValueError("a model that is built from dimensions needs a `tokenizer`")
         return self

@@ -10,6 +10,8 @@ from pipeline_lib.config.models import Bert
 if TYPE_CHECKING:
     from transformers import BertConfig, BertForMaskedLM
 
+ARCHITECTURE = "BertForMaskedLM"
+
 
 def config(model: Mapping[str, Any]) -> BertConfig:
     """The Hugging Face configuration of model settings as they stand in a spec."""

@@ -10,6 +10,8 @@ from pipeline_lib.config.models import Llama
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+ARCHITECTURE = "LlamaForCausalLM"
+
 
 def config(model: Mapping[str, Any]) -> LlamaConfig:
     """The Hugging Face configuration of model settings as they stand in a spec.
@@ -18,7 +20,7 @@ def config(model: Mapping[str, Any]) -> LlamaConfig:
     """
     from transformers import LlamaConfig
 
-    size = Llama(**{key: value for key, value in model.items() if key in Llama.model_fields})
+    size = Llama(**{key: value for key, value in model.items() if key in Llama.model_fields and key != "family"})
     return LlamaConfig(
         vocab_size=model["vocab"],
         hidden_size=size.dim,

@@ -91,6 +91,15 @@ def split_transform(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[
     return own, {name: value for name, value in state.items() if is_transform_state(name)}
 
 
+ADAPTER = "low_rank"
+"""The attribute under which a layer holds a low-rank adapter."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return f".{ADAPTER}." in f".{name}"
+
+
 def is_transform_state(name: str) -> bool:
     """Whether a parameter or buffer was added by a transform.
 

@@ -154,13 +154,12 @@ def _configuration(job: Job) -> tuple[PretrainedConfig, str]:
     """The model's configuration, and the name of its class in transformers."""
     from transformers import AutoConfig
 
-    from pipeline_lib.models import bert, llama
+    from pipeline_lib.models.families import family_module
 
     model = job.settings["model"]
-    if model["family"] == "llama":
-        return llama.config(model), "LlamaForCausalLM"
-    if model["family"] == "bert":
-        return bert.config(model), "BertForMaskedLM"
+    if model["family"] not in ("hub", "local"):
+        family = family_module(model["family"])
+        return family.config(model), family.ARCHITECTURE
     # The engine that trained a hub or local checkpoint leaves its configuration beside the weights.
     config = AutoConfig.from_pretrained(job.inputs["train"], local_files_only=True, trust_remote_code=False)
     (architecture,) = config.architectures or []

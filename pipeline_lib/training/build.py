@@ -34,18 +34,18 @@ def initial_model(job: Job) -> nn.Module:
 
 def _built(job: Job) -> nn.Module:
     from pipeline_lib.models.checkpoint import checkpoint_directory, load_model
+    from pipeline_lib.models.families import family_module
 
     model, seed = job.settings["model"], job.settings["seed"]
     if "init" in job.inputs:
         return load_model(checkpoint_directory(job.inputs["init"]), "float32")
-    if model["family"] == "llama":
-        return _fresh_llama(model, seed)
-    if model["family"] == "bert":
-        from pipeline_lib.models import bert
-
-        torch.manual_seed(seed)
-        return bert.build(model)
-    raise UserError("a hub model needs its files", where=f"{job.label}.model", value=model, fix="give the input `init`")
+    if model["family"] == "hub":
+        raise UserError(
+            "a hub model needs its files", where=f"{job.label}.model", value=model, fix="give the input `init`"
+        )
+    torch.manual_seed(seed)
+    built = family_module(model["family"]).build(model)
+    return built if model["family"] == "bert" else _with_llama_weights(built, model["dim"], seed)
 
 
 def _fits(job: Job, model: Any) -> None:
@@ -71,14 +71,12 @@ def _fits(job: Job, model: Any) -> None:
         )
 
 
-def _fresh_llama(model: dict[str, Any], seed: int) -> nn.Module:
-    from pipeline_lib.models import llama
+def _with_llama_weights(built: nn.Module, dim: int, seed: int) -> nn.Module:
     from pipeline_lib.models.initial import initial_weight
 
-    built = llama.build(model)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            parameter.copy_(initial_weight(name, tuple(parameter.shape), model["dim"], seed))
+            parameter.copy_(initial_weight(name, tuple(parameter.shape), dim, seed))
     return built
 
 
@@ -109,11 +107,6 @@ def start_calibrated(job: Job, applied: Applied) -> None:
         absorb(applied)
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformer, in order: the units of sharding and compilation."""
-    return [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
-
-
 def save_memory(model: Any, how: str) -> None:
     """Recompute activations in the backward pass, or keep them (`none`); this never changes results.
 
@@ -131,5 +124,6 @@ def save_memory(model: Any, how: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass: bf16 matrix products, or plain fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context of a forward pass: bf16 or fp16 matrix products, or plain fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -22,9 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
+from pipeline_lib.models.blocks import blocks
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
-from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
+from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.hooks import Hooks, refuse_loop_hooks
@@ -199,7 +200,7 @@ class ErrataTrainer(Trainer):
         }
         self.applied.remove()
         state = self.hooks.export(model, state, self.job.out)
-        publish(self.job, state, result, {"seconds": seconds}, model)
+        publish(self.job, state, result, {"seconds": seconds})
 
 
 class _MicroBatches:

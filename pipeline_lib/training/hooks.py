@@ -18,6 +18,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.training.losses import count_targets, cross_entropy_per_example
 from pipeline_lib.training.schedules import lr_factor
 from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.state import full_state
 
 if TYPE_CHECKING:
     from pipeline_lib.data.tokens import BatchLoader
@@ -38,7 +39,8 @@ class Hooks:
     """
 
     LOOP_ONLY: ClassVar[tuple[str, ...]] = (
-        "loader", "targets", "prepare", "select", "backward", "after_step", "progress", "result", "state", "load"
+        "loader", "targets", "prepare", "select", "backward", "after_step", "progress", "result", "state", "load",
+        "save", "restore", "whole",
     )  # fmt: skip
 
     def __init__(self, settings: TrainingSettings, seed: int) -> None:
@@ -128,6 +130,20 @@ class Hooks:
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take back what `state` gave."""
+
+    def save(self, directory: Path) -> None:
+        """Write what this rank alone holds into a checkpoint that is not sealed yet; all ranks call it."""
+
+    def restore(self, loop: Loop, directory: Path) -> None:
+        """Read what `save` wrote, after the model, the optimizer and `load` have their state back."""
+
+    def host_memory(self) -> int:
+        """Bytes of tensors that the recipe keeps on the host, of this rank."""
+        return 0
+
+    def whole(self, loop: Loop) -> dict[str, Tensor]:
+        """The weights that the training leaves: on rank 0 name → whole CPU tensor, on the others nothing."""
+        return full_state(loop.model)
 
     @property
     def _steps(self) -> int:

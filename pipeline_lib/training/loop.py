@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped, UserError
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
+from pipeline_lib.models.blocks import blocks
+from pipeline_lib.models.memory import MIB, Activations, activations, state_account
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import Sharing, micro_seed
-from pipeline_lib.training.build import apply_transform, autocast, blocks, initial_model, save_memory
+from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.clipping import WeightClipping
 from pipeline_lib.training.hooks import Batch
+from pipeline_lib.training.loss_scale import LossScale
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog
 from pipeline_lib.training.outcome import Tail, publish
 from pipeline_lib.training.run import recipe_of
 from pipeline_lib.training.settings import option
 from pipeline_lib.training.signals import StopRequest
-from pipeline_lib.training.state import full_state, load_hooks, load_optimizer, load_values, load_weights, save_state
+from pipeline_lib.training.state import load_hooks, load_optimizer, load_values, load_weights, save_state
 
 
 def run(job: Job) -> None:
@@ -50,6 +54,9 @@ class Loop:
         context: the faults' bookkeeping.
         clip: keeps weights in range; called after each optimizer step.
         optimizer: a hook may replace it (after a merge, for example).
+        parameters: of the model and its transform, before a hook changed either.
+        kept: what a micro-batch keeps in memory for its backward pass, once it is known.
+        scale: of the loss, where the precision is fp16.
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
         figures: what hooks add to the next line of the log.
@@ -68,11 +75,14 @@ class Loop:
         self.hooks.adapt(self.model)
         applied = apply_transform(job, self.model)
         self.context, self.transform_report = applied.context, applied.report
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.hooks.prepare(self)
         self._place()
         self.clip = WeightClipping(self.model, self.settings.clip_weights)
         self.optimizer = self.hooks.optimizer(self.model.parameters())
+        self.scale = LossScale(self.settings.precision == "fp16")
         self.checkpoints = job.work / "checkpoints"
+        self.kept: Activations | None = None
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
         self.figures: dict[str, float] = {}
         self._resume()
@@ -107,20 +117,20 @@ class Loop:
                 log.close(finished=False)
             raise
         more = self.hooks.result(self)
-        state = full_state(self.model)
+        state = self.hooks.whole(self)
         if log:
             seconds = time.monotonic() - started
             result = {
                 "steps": self.step,
                 "tokens": self.tokens,
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "parameters": self.parameters,
                 "final_train_loss": self.tail.mean(),
                 "transform_report": self.transform_report,
                 **more,
             }
             state = self.hooks.export(self.model, state, self.job.out)
             timing = {"seconds": seconds, "steps_in_this_process": self.step - first_step}
-            publish(self.job, state, result, timing, self.model)
+            publish(self.job, state, result, timing)
             log.close()
         distributed.barrier()
 
@@ -138,7 +148,7 @@ class Loop:
                 figures |= self.figures
                 self.figures = {}
                 if log:
-                    log.log(self.step, **figures, tokens_per_s=speed, **peak_memory())
+                    log.log(self.step, **figures, tokens_per_s=speed, **self._memory())
             stopping = stop.agreed() and not done
             if done or stopping or self.step % save_every == 0:
                 self.save()
@@ -163,21 +173,43 @@ class Loop:
             self._sync_gradients(number == len(batches) - 1)
             torch.manual_seed(micro_seed(self.seed, step, first))
             self.context.begin(step, first)
-            with autocast(self.device, self.settings.precision):
-                loss_B = hooks.loss(self.model, batch)
+            loss_B = self._forward(batch)
             summed += loss_B.detach().sum()
-            hooks.backward(self, loss_B.sum() / max(targets, 1))
-        norm = gradient_norm(self.model, self.settings.max_norm)
+            hooks.backward(self, loss_B.sum() * self.scale.value / max(targets, 1))
+        norm = gradient_norm(self.model, self.settings.max_norm, self.scale.value)
         self.loss = distributed.total([float(summed)])[0] / max(targets, 1)
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):  # both are global: all ranks agree
-            raise not_finite(step, self.loss, norm)
-        self.optimizer.step()
-        self.clip()
+        take = self.scale.update(norm)
+        if not math.isfinite(self.loss) or (take and not math.isfinite(norm)) or self.scale.exhausted:
+            raise not_finite(step, self.loss, norm)  # all are global: all ranks agree
+        if take:
+            self.optimizer.step()
+            self.clip()
         self.step += 1
         self.tokens += self.settings.tokens_per_step
         self.tail.add(self.step, self.loss)
         hooks.after_step(self, self.step)
         return rate, norm
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """loss_B of a micro-batch; the first shows what that keeps in memory, where one device has all."""
+
+        def forward() -> Tensor:
+            with autocast(self.device, self.settings.precision):
+                return self.hooks.loss(self.model, batch)
+
+        if self.kept is not None or distributed.world() > 1 or option(self.job, "compile", False):
+            return forward()
+        loss_B, self.kept = activations(self.model, forward)
+        return loss_B
+
+    def _memory(self) -> dict[str, float]:
+        """The account of this rank's memory, without activations where they were not seen, and the process's peak."""
+        account = state_account(self.model, self.hooks.host_memory())
+        if self.kept is None:
+            return {k: v for k, v in account.figures().items() if k != "mem_activations_mib"} | peak_memory()
+        account = replace(account, activations=self.kept.total())
+        stated = account.total(accumulates=self.sharing.accumulation > 1) / MIB
+        return {**account.figures(), "mem_stated_mib": round(stated, 3), **peak_memory()}
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -192,7 +224,10 @@ class Loop:
         directory = self.checkpoints / checkpoint_name(self.step)
         tensors, values = self.hooks.state()
         own = {"step": self.step, "tokens": self.tokens, "tail": self.tail.losses, "hooks": values}
+        own["loss_scale"] = self.scale.state()
         save_state(directory, self.model, self.optimizer, {**own, "fingerprint": self.job.fingerprint}, tensors)
+        self.hooks.save(directory)
+        distributed.barrier()  # every rank has written its part: now the seal commits them all
         if distributed.rank() == 0:
             seal(directory)
             prune(self.checkpoints, option(self.job, "keep_checkpoints", 3))
@@ -206,6 +241,8 @@ class Loop:
         load_weights(found, self.model)
         load_optimizer(found, self.model, self.optimizer)
         self.hooks.load(load_hooks(found), values["hooks"])
+        self.hooks.restore(self, found)
+        self.scale.load(values["loss_scale"])
         self.step, self.tokens = values["step"], values["tokens"]
         self.tail = Tail(self.settings.steps, values["tail"])
 
@@ -247,10 +284,24 @@ def shard(model: nn.Module, device: torch.device) -> None:
             part.set_force_sum_reduction_for_comms(True)
 
 
-def gradient_norm(model: nn.Module, limit: float | None) -> float:
-    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def gradient_norm(model: nn.Module, limit: float | None, scale: float = 1.0) -> float:
+    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it.
+
+    Args:
+        scale: what the loss was multiplied by; the gradients are divided by it, unless they overflowed.
+    """
+    at_most = math.inf if limit is None or scale != 1.0 else limit
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), at_most)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if scale == 1.0:
+        return norm
+    norm = norm / scale
+    if math.isfinite(norm):
+        factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor / scale)
+    return norm
 
 
 def not_finite(step: int, loss: float, norm: float) -> UserError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from pipeline_lib.artifacts.job import Job
 from pipeline_lib.models.checkpoint import checkpoint_directory, save_state, save_transform
 from pipeline_lib.models.naming import split_transform
 from pipeline_lib.training.memory import peak_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHECK = "check.safetensors"
 """In an artifact: fixed tokens, and what the trained model says of them, for the conversion to compare with."""
@@ -49,29 +46,21 @@ class Tail:
         return math.fsum(self.losses) / len(self.losses)
 
 
-def publish(
-    job: Job,
-    state: dict[str, Tensor],
-    result: dict[str, Any],
-    provenance: dict[str, Any],
-    model: PreTrainedModel | None = None,
-) -> None:
+def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenance: dict[str, Any]) -> None:
     """Write weights, transform state and train.json into `job.out`; rank 0 calls it.
+
+    Of a training that began with a checkpoint, its configuration and generation settings go along.
 
     Args:
         job: the training.
         state: name → whole CPU tensor, tied weights once; what transforms added goes to files of its own.
         result: steps, tokens, parameters, final_train_loss, transform_report and what else is a result.
         provenance: timings and the like; peak memory is added.
-        model: where it began as a checkpoint, its configuration is written too: no settings of ours hold it.
     """
-    if model is not None and job.settings["model"]["family"] in ("hub", "local"):
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(job.out)
     own, added = split_transform(state)
     save_state(job.out, own)
     save_transform(job.out, job.settings["transform"], added)
-    if job.settings["model"]["family"] == "hub":  # what `convert` cannot make from the settings
+    if job.settings["model"]["family"] in ("hub", "local"):  # what `convert` cannot make from the settings
         source = checkpoint_directory(job.inputs["init"])
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import nano_training, planning, sweep
+from benchmarks import nano_training, planning, sweep, ternary_cpu, ternary_gpu
 from benchmarks.report import FOLDER, page
 from pipeline_lib.artifacts.files import write_json
 from pipeline_lib.config.plan import Plan
 
 NAMES = {
-    "bitflip_cpu", "bitflip_gpu", "bitflip_step", "int2_block", "int2_cpu", "int2_gpu", "nano_training", "planning", "startup", "sweep"
+    "bitflip_cpu", "bitflip_gpu", "bitflip_step", "int2_block", "int2_cpu", "int2_gpu", "nano_training", "planning", "startup", "sweep", "ternary_cpu", "ternary_gpu"
 }  # fmt: skip
 
 
@@ -54,6 +54,19 @@ def test_contestants_do_the_same_training(tmp_path: Path) -> None:
     runs = {name: [nano_training.contest(name, tmp_path, 1)] for name in nano_training.CONTESTANTS}
     nano_training.check_same_work(runs)
     assert all(run["tokens_per_s"] > 0 for [run] in runs.values())
+
+
+def test_ternary_products_are_compared_on_the_same_work() -> None:
+    forward, both = ternary_cpu.measure(3, 23, 17, 2)
+    assert (forward["pass"], both["pass"]) == ("forward", "forward, backward")
+    assert forward["rows of x"] == both["rows of x"] == 3
+
+
+def test_the_gpu_benchmark_refuses_to_run_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ternary_gpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        ternary_gpu.main()
 
 
 @pytest.mark.slow

@@ -17,7 +17,16 @@ STEPS = 3
 TASK = "held-out"
 DIMENSIONS = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 64}
 ASKED = {"n": 8, "max_new_tokens": 4, "prompts": [{"prefix_chars": 12, "min_chars": 20}]}  # of a teacher
-BUDGET = {"steps": STEPS, "global_batch": 4, "seq_len": 16, "lr": 1e-3, "data": ASKED}
+BUDGET = {
+    "steps": STEPS,
+    "global_batch": 4,
+    "seq_len": 16,
+    "lr": 1e-3,
+    "data": ASKED,
+    "rank": 4,
+    "reset_every": 1,
+    "reset_warmup": 0,
+}
 
 
 @dataclass(frozen=True)

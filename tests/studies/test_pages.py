@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, defences, flips, int2, kills, robustness
+from studies import chaos, defences, flips, int2, kills, relora_page, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
 ALL: dict[str, Derive] = {
@@ -17,6 +17,7 @@ ALL: dict[str, Derive] = {
     "flips": flips.derive,
     "int2": int2.derive,
     "kills": kills.derive,
+    "relora": relora_page.derive,
     "robustness": robustness.derive,
 }
 DERIVE = {name: derive for name, derive in ALL.items() if (FOLDER / f"{name}.json").exists()}
@@ -66,6 +67,14 @@ def change_a_size(study: dict[str, Any]) -> None:
     study["speed"]["int2"]["model_mib"] *= 1.01
 
 
+def worsen_a_loss(study: dict[str, Any]) -> None:
+    next(iter(study["cells"].values()))["points"][-1]["valid"] += 0.1
+
+
+def use_more_memory(study: dict[str, Any]) -> None:
+    study["large"]["arms"]["relora"]["measured"] *= 1.1
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -79,6 +88,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("int2", change_a_size),
     ("kills", change_a_time),
     ("kills", lose_a_kill),
+    ("relora", worsen_a_loss),
+    ("relora", use_more_memory),
 ]
 
 

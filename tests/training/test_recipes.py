@@ -71,19 +71,20 @@ def test_a_share_of_unknown_parameters_is_refused() -> None:
 def test_what_is_not_built_is_said_when_planning() -> None:
     with pytest.raises(ValidationError, match="methods stacking are not built yet"):
         RECIPES.load("cram").Settings(steps=1, methods=["stacking"])
-    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == ["relora"]
+    assert [name for name in RECIPES.names() if getattr(RECIPES.load(name), "NOT_BUILT", "")] == []
 
 
 def test_refusals_have_reasons() -> None:
     refused = {name: RECIPES.load(name).refuses("bert", []) for name in OURS}
     assert refused["none"] is None
     assert refused["cram"] is None
-    for name in ("finetune", "relora", "distill"):
+    assert refused["relora"] is None
+    for name in ("finetune", "distill"):
         assert "bert" in refused[name] or "decoder" in refused[name]
     assert [name for name in RECIPES.names() if RECIPES.load(name).refuses("llama", ["bitflip"])] == []
 
 
-@pytest.mark.parametrize(("name", "message"), [("none", "it trains nothing"), ("relora", "not written yet")])
+@pytest.mark.parametrize(("name", "message"), [("none", "it trains nothing"), ("distill", "not written yet")])
 def test_a_job_that_cannot_be_trained_is_refused_before_it_starts(name: str, message: str, tmp_path: Path) -> None:
     job = Job("train", "x", "f", {"recipe": {"type": name}}, {}, tmp_path, tmp_path)
     with pytest.raises(UserError, match=message):

@@ -28,6 +28,9 @@ class Settings(TrainingSettings):
     eps: Positive = Field(1e-12, description="AdamW's denominator offset")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay, on matrices only")
     max_norm: Positive | None = Field(0.5, description="gradients are scaled down to this global L2 norm; null: never")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="dtype of the matrix products (autocast; fp16 with loss scaling); weights stay fp32"
+    )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
     dropout: Share = Field(0.0, description="dropout probability, also where the model says another")
     methods: tuple[str, ...] = Field((), description="efficient-training methods, in order; none is built yet")

@@ -1,0 +1,24 @@
+"""Transform `ternary`: linear weights of three values, -s, 0 and s, held as packed codes and scales.
+
+Trained weights stay fp32 (latent) and pass their gradient straight through the quantiser (Bengio et al., 2013, arXiv
+1308.3432); frozen ones can be held as the packed codes alone, and then no product unpacks a whole matrix.
+Activations, biases, norms, the head and the embeddings are not touched unless a pattern names them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline_lib.transforms.ternary.settings import Settings
+
+if TYPE_CHECKING:
+    from pipeline_lib.transforms.base import Transform
+
+__all__ = ["Settings", "build"]
+
+
+def build(settings: Settings) -> Transform:
+    """The transform of these settings."""
+    from pipeline_lib.transforms.ternary.store import Ternary
+
+    return Ternary(settings)
