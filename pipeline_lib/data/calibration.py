@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.data.records import RECORDS, read_records
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-RECORDS = "records.jsonl"
 CANDIDATES = 10
 """Texts that are looked at, for each that is wanted: long ones may be left out."""
 
 
-def texts(artifact: Path, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """(id, text) of the training documents of a dataset artifact, or of a teacher's records.
+def texts(artifact: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, str | list[int]]]:
+    """(id, text) of the training documents of a dataset artifact, or (id, tokens) of a teacher's records.
 
     Args:
         columns: of the dataset, put below the text of each document.
@@ -30,7 +29,8 @@ def texts(artifact: Path, tokenizer: PreTrainedTokenizerBase, columns: Sequence[
         UserError: the artifact is neither, or has no such columns.
     """
     if (artifact / RECORDS).is_file():
-        yield from _records(artifact / RECORDS, tokenizer)
+        for record in read_records(artifact):
+            yield str(record["id"]), record["prompt_ids"] + record["completion_ids"]
         return
     files = sorted(artifact.glob("train-*.parquet"))
     if not files:
@@ -53,30 +53,6 @@ def texts(artifact: Path, tokenizer: PreTrainedTokenizerBase, columns: Sequence[
         for batch in file.iter_batches(columns=["id", "text", *columns]):
             for row in batch.to_pylist():
                 yield row["id"], "\n".join(str(row[name]) for name in ("text", *columns))
-
-
-def _records(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Prompt and completion of each record, as the model would read them."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            record = json.loads(line)
-            try:
-                messages, completion = record["messages"], record["completion"]
-                text = _prompt(messages, tokenizer) + completion
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    "a record has no messages and completion",
-                    where=f"{path}:{number}",
-                    value=str(error),
-                    fix="make it again",
-                ) from None
-            yield str(record.get("id", number)), text
-
-
-def _prompt(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return "".join(f"{message['content']}\n" for message in messages)
 
 
 def sequences(
@@ -107,16 +83,14 @@ def sequences(
     """
     import torch
 
-    def place(item: tuple[str, str]) -> bytes:
+    def place(item: tuple[str, str | list[int]]) -> bytes:
         return hashlib.sha256(f"{seed}:{item[0]}".encode()).digest()
 
-    found = heapq.nsmallest(CANDIDATES * samples, texts(artifact, tokenizer, columns), key=place)
+    found = heapq.nsmallest(CANDIDATES * samples, texts(artifact, columns), key=place)
     stream: list[int] = []
     taken = 0
     for _, text in found:
-        ids: Any = tokenizer(text.strip())["input_ids"]
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-            ids = ids[1:]  # a chat template may write one of its own
+        ids: Any = tokenizer(text.strip())["input_ids"] if isinstance(text, str) else text
         if not ids or (len(ids) > max_tokens and long == "skip"):
             continue
         stream += ids[:max_tokens]

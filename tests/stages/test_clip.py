@@ -218,16 +218,11 @@ def test_few_tokens_make_one_short_sequence(inputs: dict[str, Path], tokenizer: 
 
 
 def test_a_teachers_records(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Messages through the chat template, then the completion; no sequence begins with two BOS."""
-    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>")
-    chat.chat_template = "<s> <s> {% for m in messages %}{{ m['content'] }} {% endfor %}w9 "
-    record = {"id": "a", "messages": [{"role": "user", "content": "w1 w2"}], "completion": "w3 w4", "tokens": [1]}
+    """The tokens that the teacher read and wrote, not what its text would be tokenised into now."""
+    record = {"id": "a", "messages": [], "completion": "w7", "prompt_ids": [1, 2], "completion_ids": [3, 4]}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
-    [only] = take(tmp_path, chat, length=1000)
-    assert [WORDS[i] for i in only] == ["<s>", "w1", "w2", "w9", "w3", "w4"]
-    (tmp_path / "records.jsonl").write_text('{"id": "a"}\n')
-    with pytest.raises(UserError, match=r"records\.jsonl:1"):
-        take(tmp_path, chat)
+    [only] = take(tmp_path, tokenizer, length=1000)
+    assert only.tolist() == [1, 2, 3, 4]
 
 
 def test_no_text_at_all(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, inputs: dict[str, Path]) -> None:
