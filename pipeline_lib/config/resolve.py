@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration
+from pipeline_lib.config import calibration, teachers
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -154,13 +154,13 @@ class Resolver:
         inputs = {"tokenizer": tokenizer}
         if getattr(exp.recipe_module, "READS", "tokens") == "tokens":
             needed = recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
-            inputs["tokens"] = self.tokens(self._dataset_of(exp), tokenizer, needed)
+            inputs["tokens"] = self.tokens(self.dataset_of(exp), tokenizer, needed)
         if exp.from_ is not None:
             inputs["init"] = self.checkpoint(self.experiments.get(exp.from_))
         elif exp.model.trained is not None:
-            inputs["init"] = self.trained_model(exp)
+            inputs["init"] = self.model_files(exp.model_name)
         if exp.teacher is not None:
-            inputs["teacher"] = self.teacher(exp)
+            inputs["teacher"] = teachers.records(self, exp)
             inputs["teacher-model"] = inputs["teacher"].inputs["model"]
         if exp.losses is not None:
             inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
@@ -169,7 +169,12 @@ class Resolver:
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}
         return make_node("train", weights_label(settings), settings, inputs, self.execution(exp))
 
-    def _dataset_of(self, exp: Resolved) -> str:
+    def dataset_of(self, exp: Resolved) -> str:
+        """The name of the dataset that an experiment is trained on.
+
+        Raises:
+            UserError: it has none.
+        """
         if exp.dataset is None:
             raise UserError(
                 "missing key",
@@ -178,62 +183,6 @@ class Resolver:
                 fix="name the dataset it is trained on",
             )
         return exp.dataset
-
-    def teacher(self, exp: Resolved) -> Node:
-        """The records of an experiment's teacher: its answers to the prompts that the recipe's `data` names."""
-        where = f"{self.experiments.where(exp.name)}.recipe.{exp.recipe_name}"
-        data = getattr(exp.recipe, "data", None)
-        if data is None:
-            raise UserError(
-                f"recipe {exp.recipe_name} reads no teacher",
-                where=f"{self.experiments.where(exp.name)}.teacher",
-                value=exp.teacher,
-                fix="remove `teacher`, or use recipe distill",
-            )
-        entries = [entry.semantic() for entry in data.entries]
-        names = {entry["dataset"] or self._dataset_of(exp): None for entry in entries}
-        for name in names:
-            known(name, self.config.datasets, "datasets", f"{where}.data.prompts.dataset")
-        model, dtype = self._teacher_model(exp)
-        inputs = {"model": model, **{f"dataset-{i}": self.dataset(name) for i, name in enumerate(names)}}
-        # Under the names of config.yaml, equal work would have other fingerprints.
-        labels = {name: f"{self.dataset(name).label}-{index}" for index, name in enumerate(names)}
-        entries = [{**entry, "dataset": labels[entry["dataset"] or self._dataset_of(exp)]} for entry in entries]
-        settings = {**data.semantic(), "prompts": entries}
-        label = f"{inputs['dataset-0'].label}-{model.label}"
-        return make_node("teacher", label, {"data": settings, "dtype": dtype}, inputs, self.execution(exp))
-
-    def _teacher_model(self, exp: Resolved) -> tuple[Node, str]:
-        """(checkpoint, dtype) of an experiment's teacher.
-
-        Raises:
-            UserError: it names a model without weights, or an experiment under a transform.
-        """
-        assert exp.teacher is not None
-        where = f"{self.experiments.where(exp.name)}.teacher"
-        if exp.teacher in self.config.models:
-            model = self.config.models[exp.teacher]
-            if model.local is not None:
-                return self.local_asset(exp.teacher, MODEL_FILES), model.dtype
-            if model.hub is None:
-                raise UserError(
-                    "a model of dimensions has no weights to teach with",
-                    where=where,
-                    value=exp.teacher,
-                    allowed="an experiment, or a hub or local model",
-                    fix=f"train one first, e.g. teacher: plain-{exp.teacher}",
-                )
-            return self.asset(model.hub.repo, model.hub.revision, list(MODEL_FILES)), model.dtype
-        teacher = self.experiments.get(exp.teacher)
-        if teacher.transform:
-            raise UserError(
-                "a teacher computes exactly, and this one has a transform",
-                where=where,
-                value=exp.teacher,
-                fix="name a plain experiment; for these weights in exact arithmetic add one with "
-                f"`from: {exp.teacher}` and `transform: plain`",
-            )
-        return self.checkpoint(teacher), teacher.model.dtype
 
     def model_tokenizer(self, exp: Resolved) -> Node:
         """The tokenizer of an experiment's model."""
@@ -263,17 +212,18 @@ class Resolver:
             "assets", local_label(fingerprint(files)), {"kind": "local", "files": files}, {}, {"path": path}
         )
 
-    def trained_model(self, exp: Resolved) -> Node:
-        """The files of a hub or local checkpoint."""
-        if exp.model.local is not None:
-            return self.local_asset(exp.model_name, MODEL_FILES)
-        assert exp.model.hub is not None
-        return self.asset(exp.model.hub.repo, exp.model.hub.revision, list(MODEL_FILES))
+    def model_files(self, name: str) -> Node:
+        """The files of a hub or local model."""
+        model = self.config.models[name]
+        if model.local is not None:
+            return self.local_asset(name, MODEL_FILES)
+        assert model.hub is not None
+        return self.asset(model.hub.repo, model.hub.revision, list(MODEL_FILES))
 
     def checkpoint(self, exp: Resolved) -> Node:
         """The Hugging Face checkpoint that an experiment is evaluated from."""
         if exp.recipe_module.ENGINE is None:
-            init = self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.trained_model(exp)
+            init = self.checkpoint(self.experiments.get(exp.from_)) if exp.from_ else self.model_files(exp.model_name)
             return calibration.of_checkpoint(self, exp, init)
         train = self.train(exp)
         settings = {"model": train.settings["model"], "transform": exp.transform, "dtype": "float32"}
