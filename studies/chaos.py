@@ -67,7 +67,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         undisturbed = Clone.make(Path(name) / "undisturbed", settings)
         start = time.monotonic()
-        undisturbed.snakemake(TARGET)
+        undisturbed.snakemake(TARGET, seconds=1800)
         alone = time.monotonic() - start
         slurm = MiniSlurm(Path(name) / "slurm", cpu_nodes=3)
         try:

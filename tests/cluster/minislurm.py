@@ -200,7 +200,12 @@ class MiniSlurm:
 
     def is_down(self, node: str) -> bool:
         """Whether Slurm takes a node for lost."""
-        return self.run("sinfo", "-hN", "-n", node, "-o", "%T").startswith("down")
+        return "DOWN" in self.node_state(node)
+
+    def node_state(self, node: str) -> str:
+        """What Slurm says of a node: a base state and flags."""
+        words = self.run("scontrol", "show", "node", node, "-o").split()
+        return next((word for word in words if word.startswith("State=")), "")
 
     def idle(self) -> set[str]:
         """Nodes that can take jobs."""

@@ -139,11 +139,13 @@ class Clone:
             start_new_session=True,
         )
 
-    def snakemake(self, *arguments: str, ok: bool = True, extra: dict[str, str] | None = None) -> str:
+    def snakemake(
+        self, *arguments: str, ok: bool = True, extra: dict[str, str] | None = None, seconds: float = 500
+    ) -> str:
         """Run to the end; the output."""
         process = self.start(*arguments, extra=extra)
         try:
-            output, _ = process.communicate(timeout=500)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
