@@ -146,7 +146,8 @@ def absorb(applied: Applied) -> None:
     """Let calibrated functions work their state into the weights that a training starts with."""
     done: set[int] = set()
     for module, function in calibrated_functions(applied).values():
-        weight: Any = module.weight
+        # Not module.weight: a layer with adapters forms that anew at each reading.
+        weight = dict(module.named_parameters(recurse=False))["weight"]
         if id(weight) not in done:
             assign(weight, function.absorb(whole(weight.detach())))
             done.add(id(weight))

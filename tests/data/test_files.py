@@ -92,8 +92,8 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, says: st
 
 
 def test_missing_and_unknown_files_are_found_while_planning(tmp_path: Path) -> None:
-    for path, says in (("none.jsonl", "no such file"), ("*.jsonl", "no such file"), ("a.csv", "unknown file format")):
-        (tmp_path / "a.csv").touch()
+    for path, says in (("none.jsonl", "no such file"), ("*.jsonl", "no such file"), ("a.xml", "unknown file format")):
+        (tmp_path / "a.xml").touch()
         with pytest.raises(UserError, match=says) as caught:
             settings(str(tmp_path / path))
         assert "config.yaml: datasets.d.source.path" in str(caught.value)
@@ -151,7 +151,7 @@ def test_a_web_file(hub: FakeHub, tmp_path: Path, waits: list[float]) -> None:
         run("dataset", tmp_path / "2", dataset_settings({**source.semantic(), "sha256": "0" * 64}))
 
 
-@pytest.mark.parametrize("address", ["http://example.org/a.jsonl", "https://example.org/a.csv", "example.org/a.jsonl"])
+@pytest.mark.parametrize("address", ["http://example.org/a.jsonl", "https://example.org/a.xml", "example.org/a.jsonl"])
 def test_bad_addresses_are_found_while_planning(address: str) -> None:
     with pytest.raises(UserError, match=r"config.yaml: d.source.url: "):
         url.Settings(url=address, sha256="0" * 64).check("config.yaml: d.source")

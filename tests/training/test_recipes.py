@@ -84,10 +84,9 @@ def test_refusals_have_reasons() -> None:
     assert [name for name in RECIPES.names() if RECIPES.load(name).refuses("llama", ["bitflip"])] == []
 
 
-@pytest.mark.parametrize(("name", "message"), [("none", "it trains nothing"), ("distill", "not written yet")])
-def test_a_job_that_cannot_be_trained_is_refused_before_it_starts(name: str, message: str, tmp_path: Path) -> None:
-    job = Job("train", "x", "f", {"recipe": {"type": name}}, {}, tmp_path, tmp_path)
-    with pytest.raises(UserError, match=message):
+def test_a_job_that_cannot_be_trained_is_refused_before_it_starts(tmp_path: Path) -> None:
+    job = Job("train", "x", "f", {"recipe": {"type": "none"}}, {}, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="it trains nothing"):
         engine_of(job)
 
 

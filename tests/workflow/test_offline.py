@@ -100,6 +100,7 @@ def test_the_hook_blocks(blocked: Blocked) -> None:
 
 
 OFFLINE = ("tokenizer", "tokens", "train", "convert", "evaluate", "result")
+LEARNING = ("teacher", "clip")  # in the order of the DAG
 
 
 @pytest.mark.slow
@@ -129,10 +130,35 @@ def test_cells_of_a_sweep_use_no_network(blocked: Blocked) -> None:
     assert (store / "sweep" / name / "table.csv").exists()
 
 
+@pytest.mark.slow
+def test_teacher_and_clip_use_no_network(blocked: Blocked) -> None:
+    """Those of a student that is added to the configuration."""
+    changed = copy.deepcopy(CONFIG)
+    data = {"n": 8, "max_new_tokens": 4, "prompts": [{"prefix_chars": 20, "min_chars": 40}]}
+    changed["transforms"]["int2"] = {}
+    changed["experiments"]["student"] = {
+        "from": "plain-tiny",
+        "teacher": "plain-tiny",
+        "transform": {"int2": {"group_size": 32, "clip": {}}},
+        "recipe": {"distill": {"steps": 2, "global_batch": 4, "seq_len": 16, "data": data}},
+    }
+    blocked.clone.write_config(changed)
+    with contextlib.chdir(blocked.clone.root):
+        plan = Plan.load()
+        plan.view("results/student/words.json")
+        nodes = {stage: node for stage in LEARNING for node in plan.nodes.values() if node.stage == stage}
+        for node in nodes.values():
+            freeze(node)
+    for stage, node in nodes.items():
+        done = blocked.stage(f"results/store/{stage}/{node.id}/manifest.json")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert blocked.attempts() == []
+
+
 def test_every_stage_that_declares_no_network_was_run() -> None:
     """A stage that is built later has to be added here (or be declared to use the network)."""
     offline = {name for name, stage in STAGES.items() if not stage.network and name not in NOT_BUILT}
-    assert offline == {*OFFLINE, "sweep", "table", "report"}, "table and report only read JSON and CSV"
+    assert offline == {*OFFLINE, *LEARNING, "sweep", "table", "report"}, "table and report only read JSON and CSV"
 
 
 @pytest.mark.parametrize("kind", ["assets", "dataset"])

@@ -66,5 +66,5 @@ def test_wrong_settings(wrong: dict) -> None:
 
 def test_refusals() -> None:
     assert refuses("llama", ["bitflip"]) is None
-    assert "hub checkpoint" in (refuses("hub", []) or "")
+    assert "not mistral" in (refuses("mistral", []) or "")
     assert "cram" in (refuses("bert", []) or "")
