@@ -71,10 +71,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     """Train every cell; the study."""
     folder = ROOT / "results" / "studies" / NAME
     cells = train_cells(folder, config(given.seeds, given.steps), given.steps)
-    settings = {arm: {"recipe": recipe(arm, given.steps, RATES[0]), **ARMS[arm]} for arm in ARMS}
     return {
         "study": NAME,
-        "settings": {"model": MODEL, "steps": given.steps, "rates": list(RATES), "arms": settings},
+        "settings": {"model": MODEL, "steps": given.steps, "rates": list(RATES), "arms": ARMS},
         "seeds": given.seeds,
         "cells": cells,
         "large": None if given.no_large else large(folder),

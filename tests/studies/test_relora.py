@@ -28,10 +28,10 @@ def test_every_arm_has_every_rate_and_at_least_three_seeds(study: dict[str, Any]
 
 def test_arms_differ_in_what_they_are_and_in_nothing_else(study: dict[str, Any]) -> None:
     steps = study["settings"]["steps"]
-    for arm, said in study["settings"]["arms"].items():
-        assert said == {"recipe": recipe(arm, steps, RATES[0]), **ARMS[arm]}
-        [own] = said["recipe"].values()
-        [plain] = study["settings"]["arms"]["plain"]["recipe"].values()
+    assert study["settings"]["arms"] == ARMS
+    [plain] = recipe("plain", steps, RATES[0]).values()
+    for arm in ARMS:
+        [own] = recipe(arm, steps, RATES[0]).values()
         assert {key: own[key] for key in SHARED} == {key: plain[key] for key in SHARED}
 
 
