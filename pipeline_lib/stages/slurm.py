@@ -97,15 +97,17 @@ def requeue() -> None:
     if state not in ("RUNNING", "PREEMPTED", "TIMEOUT"):
         say(f"Slurm job {job} was cancelled, so it is not requeued")
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:
         say(f"Slurm job {job} could not be requeued ({done.stderr.strip()}); Snakemake submits it again")
         return
     say(f"Slurm job {job} requeued; it goes on from its last checkpoint")
-    # Slurm ends the job next, with SIGKILL after its KillWait. A script that ends by itself before may have failed for
-    # Slurm, and a failed job is not started again.
-    time.sleep(ENDED_WITHIN_S)
+    # Slurm ends the job next. A script that is faster than that has failed, and a failed job is not started again.
+    last = time.monotonic() + ENDED_WITHIN_S
+    while not asked and time.monotonic() < last:
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
