@@ -16,7 +16,6 @@ from pydantic import Field
 
 from pipeline_lib.artifacts.progress import Progress
 from pipeline_lib.config.base import Settings as Base
-from pipeline_lib.config.base import operational
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.evaluation.base import Outcome, Subject
 from pipeline_lib.evaluation.greedy import Decoded, Decoding, greedy
@@ -37,7 +36,7 @@ class Settings(Base):
         Decoding.model_validate({"max_new_tokens": 128}),
         description="{max_new_tokens, prompt_lookup}; with lookup each prompt is decoded with it and without",
     )
-    profile: bool = operational(False, "keep a torch.profiler trace of the last prompt in the artifact's log/")
+    profile: bool = Field(False, description="keep a torch.profiler trace of the last prompt in the artifact's log/")
 
 
 def needs(settings: Settings) -> list[dict[str, Any]]:
