@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline_lib.artifacts.progress import say
 
-ENDED_WITHIN_S = 120
-"""How long Slurm may take to end a job that was requeued."""
 ENDED = {
     "CANCELLED",
     "COMPLETED",
@@ -97,17 +93,11 @@ def requeue() -> None:
     if state not in ("RUNNING", "PREEMPTED", "TIMEOUT"):
         say(f"Slurm job {job} was cancelled, so it is not requeued")
         return
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:
         say(f"Slurm job {job} could not be requeued ({done.stderr.strip()}); Snakemake submits it again")
         return
     say(f"Slurm job {job} requeued; it goes on from its last checkpoint")
-    # Slurm ends the job next. A script that is faster than that has failed, and a failed job is not started again.
-    last = time.monotonic() + ENDED_WITHIN_S
-    while not asked and time.monotonic() < last:
-        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
