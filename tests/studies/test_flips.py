@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from studies.flips import settings, summary, table
+from studies.flips import rerun, settings, summary, table
 from studies.report import ROOT, load
 
 
@@ -54,3 +55,16 @@ def test_what_the_page_says_in_words_holds(study: dict[str, Any]) -> None:
             assert at[p, 0, operand, "mlp"] > at[p, 0, operand, "attention"]
     for rest in classes:
         assert at[2.0**-4, 0, *rest] > at[0, 2.0**-4, *rest], "sign and exponent matter most"
+
+
+@pytest.mark.slow
+def test_four_points_come_out_again(study: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit where processor and versions are those of the study, else within the tolerance it states."""
+    expected, found = study["rerun"], rerun(tmp_path)
+    if found["made_with"] == expected["made_with"]:
+        assert found == expected
+    points, again = (table({**study, "csv": one["csv"]}).points for one in (expected, found))
+    assert [values for values, _ in again] == [values for values, _ in points]
+    for (_, metrics), (values, others) in zip(points, again, strict=True):
+        for name, measured in metrics.items():
+            assert others[name].mean == pytest.approx(measured.mean, rel=expected["tolerance"]), (values, name)
