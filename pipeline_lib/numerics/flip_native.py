@@ -24,7 +24,7 @@ from pipeline_lib.numerics import flip_source
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.flip_reference import DENSE_TAG, Window
 
-_PER_THREAD = 1 << 21  # bytes below which starting another thread costs more than it saves
+_PER_THREAD = 1 << 18  # bytes below which another thread costs more than it saves
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -132,7 +132,7 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         code, made = Path(folder) / "flip.c", Path(folder) / "flip.so"
         code.write_text(source)
-        command = [*compiler.split(), "-O3", "-shared", "-fPIC", "-pthread", str(code), "-o", str(made)]
+        command = [*compiler.split(), "-O3", "-shared", "-fPIC", str(code), "-o", str(made)]
         if platform.machine() == "x86_64" and platform.system() == "Linux":
             cloned = subprocess.run([*command, "-DCLONES"], capture_output=True, check=False)
             if cloned.returncode == 0:

@@ -1,11 +1,16 @@
 """The C of `flip_native`; here so that the hash of our code covers it."""
 
 C = r"""
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, TILE_WORDS = 4096, MOST_THREADS = 64 };
+enum { LANES = 16, TILE_WORDS = 4096 };
+
+/* torch's own threads, where it has GNU OpenMP or what imitates it: threads of ours would fight with those, which go on
+   spinning for a while after each of torch's operations. */
+extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
 
 /* One library for every x86-64 processor: the loader chooses the widest vectors that it has. */
 #if defined(CLONES)
@@ -141,32 +146,24 @@ CLONED int errata_flip_part(const Flip *f, int64_t begin, int64_t end)
     return dropped;
 }
 
-typedef struct { const Flip *f; int64_t begin, end; int dropped; } Part;
+typedef struct { const Flip *f; int64_t count; int dropped; } Work;
 
-static void *run(void *argument)
+static void share(void *data)
 {
-    Part *part = argument;
-    part->dropped = errata_flip_part(part->f, part->begin, part->end);
-    return 0;
+    Work *work = data;
+    int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    if (errata_flip_part(work->f, work->count * i / n, work->count * (i + 1) / n))
+        __atomic_store_n(&work->dropped, 1, __ATOMIC_RELAXED);
 }
 
 /* Tiles 0 .. count - 1 of all rows on some threads; returns whether the gate zeroed any element. */
 int errata_flip(const Flip *f, int64_t count, int threads)
 {
-    Part parts[MOST_THREADS];
-    pthread_t thread[MOST_THREADS];
-    int started[MOST_THREADS] = {0};
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    Work work = {f, count, 0};
     if (threads > count) threads = (int)count;
-    for (int i = 0; i < threads; i++) {
-        parts[i] = (Part){f, count * i / threads, count * (i + 1) / threads, 0};
-        if (i) started[i] = pthread_create(&thread[i], 0, run, &parts[i]) == 0;
-    }
-    int dropped = 0;
-    for (int i = 0; i < threads; i++) {
-        if (!started[i]) run(&parts[i]); else pthread_join(thread[i], 0);
-        dropped |= parts[i].dropped;
-    }
-    return dropped;
+    if (threads < 2 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads)
+        return errata_flip_part(f, 0, count);
+    GOMP_parallel(share, &work, (unsigned)threads, 0);
+    return work.dropped;
 }
 """
