@@ -124,8 +124,8 @@ nothing about another training seed or other text.
 ![heat map](../images/{SWEEP}.svg)
 
 {summary(study)}
-{where(study)} Made again by `python -m studies.{NAME}`; the tests derive this page from `studies/{NAME}.json` and repeat
-four points of a small edition.
+{where(study)} Made again by `python -m studies.{NAME}`; the tests derive this page from `studies/{NAME}.json` and 
+repeat four points of a small edition.
 
 ## All points
 
