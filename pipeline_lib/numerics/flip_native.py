@@ -1,30 +1,26 @@
 """The CPU kernel of the bit-flip sampler: bit for bit the stream of `flip_reference`, in C, a tile at a time.
 
-Compiled once by the machine's own C compiler (`$CC`, cc, gcc or clang) into the user's cache folder, and called through
-ctypes. Where there is none the numpy reference draws the same bits at a tenth of the speed, and a warning says so.
+Where there is no C compiler the numpy reference draws the same bits at a tenth of the speed, and a warning says so.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
-import shutil
 import subprocess
-import tempfile
 import warnings
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline_lib.numerics import flip_source
+from pipeline_lib.numerics import flip_source, native
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.flip_reference import DENSE_TAG, Window
 
 _PER_THREAD = 1 << 18  # bytes below which another thread costs more than it saves
+FLAGS = (("-DCLONES",), ()) if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ((),)
+"""The loops are compiled for several generations of processors where the compiler can do that."""
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -99,7 +95,7 @@ def is_available() -> bool:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = native.load("flip", source(), *FLAGS)
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"bit flips on the CPU run about ten times slower than they could, with the same bits: {error}. "
@@ -112,32 +108,6 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _built() -> Path:
-    """The library, compiled if it is not in the cache yet.
-
-    Raises:
-        OSError: no compiler, or no folder to write to.
-        SubprocessError: it does not compile.
-    """
-    source = flip_source.C.replace("DENSE_TAG", f"{DENSE_TAG}u")
-    name = hashlib.sha256(f"{platform.system()} {platform.machine()}\n{source}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "errata"
-    path = cache / f"flip-{name}.so"
-    if path.is_file():
-        return path
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        raise OSError("no C compiler was found")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        code, made = Path(folder) / "flip.c", Path(folder) / "flip.so"
-        code.write_text(source)
-        command = [*compiler.split(), "-O3", "-shared", "-fPIC", str(code), "-o", str(made)]
-        if platform.machine() == "x86_64" and platform.system() == "Linux":
-            cloned = subprocess.run([*command, "-DCLONES"], capture_output=True, check=False)
-            if cloned.returncode == 0:
-                return made.replace(path)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr[-500:]}")
-        return made.replace(path)  # by rename: another process may be at it, too
+def source() -> str:
+    """The C of the kernel."""
+    return flip_source.C.replace("DENSE_TAG", f"{DENSE_TAG}u")

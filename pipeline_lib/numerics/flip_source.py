@@ -1,16 +1,9 @@
-"""The C of `flip_native`; here so that the hash of our code covers it."""
+"""The C of `flip_native`; here so that the hash of our code covers it. `native.PARALLEL` stands before it."""
 
 C = r"""
-#include <stdint.h>
 #include <string.h>
 
 enum { LANES = 16, TILE_WORDS = 4096 };
-
-/* torch's own threads, where it has GNU OpenMP or what imitates it: threads of ours would fight with those, which go on
-   spinning for a while after each of torch's operations. */
-extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
-extern int omp_get_thread_num(void) __attribute__((weak));
-extern int omp_get_num_threads(void) __attribute__((weak));
 
 /* One library for every x86-64 processor: the loader chooses the widest vectors that it has. */
 #if defined(CLONES)
@@ -146,24 +139,19 @@ CLONED int errata_flip_part(const Flip *f, int64_t begin, int64_t end)
     return dropped;
 }
 
-typedef struct { const Flip *f; int64_t count; int dropped; } Work;
+typedef struct { const Flip *f; int dropped; } Work;
 
-static void share(void *data)
+static void part(void *data, int64_t begin, int64_t end)
 {
     Work *work = data;
-    int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    if (errata_flip_part(work->f, work->count * i / n, work->count * (i + 1) / n))
-        __atomic_store_n(&work->dropped, 1, __ATOMIC_RELAXED);
+    if (errata_flip_part(work->f, begin, end)) __atomic_store_n(&work->dropped, 1, __ATOMIC_RELAXED);
 }
 
 /* Tiles 0 .. count - 1 of all rows on some threads; returns whether the gate zeroed any element. */
 int errata_flip(const Flip *f, int64_t count, int threads)
 {
-    Work work = {f, count, 0};
-    if (threads > count) threads = (int)count;
-    if (threads < 2 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads)
-        return errata_flip_part(f, 0, count);
-    GOMP_parallel(share, &work, (unsigned)threads, 0);
+    Work work = {f, 0};
+    in_parallel(part, &work, count, threads);
     return work.dropped;
 }
 """

@@ -1,4 +1,4 @@
-"""The product of a few rows with a 2-bit weight on a CPU: a C loop, compiled once for the machine it runs on.
+"""The product of a few rows with a 2-bit weight on a CPU: a C loop, compiled for the machine it runs on.
 
 Packed weights are a sixteenth of fp32 ones, so that the loop is bound by arithmetic where the plain product is bound
 by memory. It needs a C compiler (`cc`, or $CC) at first use, as torch.compile and Triton do; without one the decoded
@@ -8,25 +8,18 @@ weight is multiplied instead, which is slow, and that is said once.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
 import subprocess
-import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+from pipeline_lib.numerics import native
+
 _LEAST_PER_THREAD = 2**20  # weights; below it a thread costs more than it brings
 
 SOURCE = r"""
-#include <stdint.h>
 #include <string.h>
 typedef float f16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
@@ -38,10 +31,25 @@ static inline float sum(f16 v) {
     return s;
 }
 
-/* y[m, n] = sum_k x[m, k] (q[n, k] - z[n, k / g]) s[n, k / g], for n in [first, last).
+typedef struct {
+    const float *x, *sums;
+    const uint32_t *codes;
+    const float *scale;
+    const uint8_t *zero;
+    float *y;
+    int64_t m, n_all, k, g;
+} Product;
+
+/* y[m, n] = sum_k x[m, k] (q[n, k] - z[n, k / g]) s[n, k / g], for n in [4 begin, 4 end).
    A word holds 16 codes, the first in the lowest bits. `sums`: of x over each group, [m, groups]. */
-void product(const float *x, const float *sums, const uint32_t *codes, const float *scale, const uint8_t *zero,
-             float *y, int64_t m, int64_t n_all, int64_t k, int64_t g, int64_t first, int64_t last) {
+static void rows_by_4(void *data, int64_t begin, int64_t end) {
+    const Product *p = data;
+    const float *x = p->x, *sums = p->sums, *scale = p->scale;
+    const uint32_t *codes = p->codes;
+    const uint8_t *zero = p->zero;
+    float *y = p->y;
+    const int64_t m = p->m, n_all = p->n_all, k = p->k, g = p->g;
+    const int64_t first = 4 * begin, last = 4 * end < n_all ? 4 * end : n_all;
     const i16 shift = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
     const int64_t words = k / 16, per = g / 16, groups = (words + per - 1) / per, zeros = (groups + 3) / 4;
     for (int64_t n = first; n < last; n += 4) {
@@ -73,7 +81,16 @@ void product(const float *x, const float *sums, const uint32_t *codes, const flo
         }
     }
 }
+
+void product(Product *p, int threads) { in_parallel(rows_by_4, p, (p->n_all + 3) / 4, threads); }
 """
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "sums", "codes", "scale", "zero", "y")),
+        *((name, ctypes.c_int64) for name in ("m", "n_all", "k", "g")),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -81,7 +98,7 @@ def available() -> bool:
     """Whether the loop could be compiled here; if not, why is said, once."""
     try:
         _library()
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(f"no compiled loop for packed weights, so they are decoded at each use: {error}", stacklevel=2)
         return False
     return True
@@ -97,50 +114,14 @@ def packed_linear(
     sums = torch.nn.functional.pad(x_MK, (0, -features % size)).unflatten(1, (-1, size)).sum(-1).contiguous()
     codes, scale, zero = codes.contiguous(), scale.float().contiguous(), zero.contiguous()
     y_MN = torch.empty(len(x_MK), count)
-    sizes = [ctypes.c_int64(number) for number in (len(x_MK), count, features, size)]
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_MK, sums, codes, scale, zero, y_MN)]
-    product = _library().product
-
-    def rows(bounds: tuple[int, int]) -> None:
-        product(*pointers, *sizes, *(ctypes.c_int64(bound) for bound in bounds))  # lets go of Python's lock
-
+    pointers = (tensor.data_ptr() for tensor in (x_MK, sums, codes, scale, zero, y_MN))
+    product = _Product(*pointers, len(x_MK), count, features, size)
     threads = max(1, min(torch.get_num_threads(), count * features // _LEAST_PER_THREAD))
-    step = -(-count // threads // 4) * 4 + 4 if threads > 1 else count
-    parts = [(first, min(first + step, count)) for first in range(0, count, step)]
-    if len(parts) == 1:
-        rows(parts[0])
-    else:
-        list(_pool(torch.get_num_threads()).map(rows, parts))
+    _library().product(ctypes.byref(product), threads)
     y_MN = y_MN if bias is None else y_MN + bias.detach().float()
     return y_MN.to(x.dtype).view(*x.shape[:-1], count)
 
 
-@lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "errata-packed")
-
-
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    """The compiled loop; kept in the user's cache by what it was compiled from and for."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    text = "\0".join((SOURCE, *compiler, *FLAGS, platform.machine(), _processor()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "errata"
-    path = cache / f"packed-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / path.name
-            command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(built)]
-            subprocess.run(command, input=SOURCE.encode(), check=True, capture_output=True)
-            os.replace(built, path)
-    return ctypes.CDLL(str(path))
-
-
-def _processor() -> str:
-    """What tells apart the processors that share a home directory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return native.load("packed", SOURCE, ("-march=native",))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline_lib.numerics import flip_cpu, flip_native, flip_source
+from pipeline_lib.numerics import flip_cpu, flip_native, flip_source, native
 from pipeline_lib.numerics.bitflips import plan_for
 from pipeline_lib.numerics.flip_plan import FlipPlan
 from pipeline_lib.numerics.flip_reference import Window, flip_array
@@ -100,18 +99,16 @@ def test_a_missing_compiler_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert words in done.stderr
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "another"])
+@pytest.mark.parametrize("flags", [flip_native.FLAGS, ((),), (("--no-such-flag",), ())])
 def test_the_build_is_cached_and_clones_change_nothing(
-    machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[tuple[str, ...], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also without the wide vectors that this processor may have, from a folder that was not there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        path = flip_native._built()
+    monkeypatch.setattr(flip_native, "FLAGS", flags)
+    path = native.built("flip", flip_native.source(), *flags)
     before = path.stat().st_mtime_ns
-    assert flip_native._built() == path
+    assert native.built("flip", flip_native.source(), *flags) == path
     assert path.stat().st_mtime_ns == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     flip_native._library.cache_clear()
@@ -119,6 +116,19 @@ def test_the_build_is_cached_and_clones_change_nothing(
         test_the_kernel_equals_the_reference("bf16 dense, two groups")
     finally:
         flip_native._library.cache_clear()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_kernels_run_on_the_threads_of_torch() -> None:
+    """Where torch has GNU OpenMP a kernel finds it; else it would run on one thread without a word."""
+    if "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("this torch has no OpenMP")
+    code = """
+    static void count(void *seen, int64_t begin, int64_t end) { __atomic_fetch_add((int *)seen, 1, __ATOMIC_RELAXED); }
+    int parts(int threads) { int seen = 0; in_parallel(count, &seen, 100, threads); return seen; }
+    """
+    library = native.load("threads-test", code)
+    assert [library.parts(threads) for threads in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_a_mutant_with_nine_rounds_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
