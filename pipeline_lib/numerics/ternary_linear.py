@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline_lib.numerics.look_up import look_up
 from pipeline_lib.numerics.trits import Layout, code_table, spread
 
 TILE = 2**20
-"""Weights unpacked at once on a CPU: 4 MiB in fp32, which stays in the cache of a core."""
+"""Weights unpacked at once on a CPU: 4 MiB in fp32, which stays in the cache of a core; or as many as x has elements,
+where that is more, since a product arranges x anew for each tile."""
 
 
 def dequantise(packed: Tensor, scale: Tensor, features: int, layout: Layout, group_size: int | None) -> Tensor:
@@ -27,7 +29,7 @@ def dequantise(packed: Tensor, scale: Tensor, features: int, layout: Layout, gro
     table = code_table(layout, scale.dtype, packed.device)
     if scale.numel() == 1:
         table = table * scale
-    codes = table.index_select(0, packed.flatten().int()).view(len(packed), -1)[:, :features]
+    codes = look_up(table, packed, features)
     return codes if scale.numel() == 1 else codes * spread(scale, features, group_size)
 
 
@@ -71,7 +73,7 @@ class _TernaryLinear(torch.autograd.Function):
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, layout: Layout, group_size: int | None) -> Tensor:
     """[n, out] from x [n, features]."""
     y = x.new_empty(len(x), len(packed))
-    for first, last, tile in _tiles(packed, scale, x.shape[1], layout, group_size, x.dtype):
+    for first, last, tile in _tiles(packed, scale, x, x.shape[1], layout, group_size):
         torch.mm(x, tile.t(), out=y[:, first:last])
     return y
 
@@ -81,17 +83,15 @@ def _input_gradient(
 ) -> Tensor:
     """[n, features] from the gradient [n, out] of the output."""
     total = gradient.new_zeros(len(gradient), features)
-    for first, last, tile in _tiles(packed, scale, features, layout, group_size, gradient.dtype):
+    for first, last, tile in _tiles(packed, scale, gradient, features, layout, group_size):
         total.addmm_(gradient[:, first:last], tile)
     return total
 
 
-def _tiles(
-    packed: Tensor, scale: Tensor, features: int, layout: Layout, group_size: int | None, dtype: torch.dtype
-) -> Any:
-    """(first row, row after the last, these rows of the weight), the tiles of a weight one after the other."""
-    scale = scale.to(dtype)
-    rows = max(TILE // features, 1)
+def _tiles(packed: Tensor, scale: Tensor, meets: Tensor, features: int, layout: Layout, group_size: int | None) -> Any:
+    """(first row, row after the last, these rows of the weight), the tiles of a weight that meets [n, …] one by one."""
+    scale = scale.to(meets.dtype)
+    rows = max(TILE // features, len(meets), 1)
     for first in range(0, len(packed), rows):
         last = min(first + rows, len(packed))
         part = scale if len(scale) == 1 else scale[first:last]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pipeline_lib.numerics.look_up import look_up
+
 Layout = Literal["trits", "two_bit"]
 Quantiser = Literal["absmean_round", "sign_center"]
 
@@ -42,7 +44,7 @@ def pack_codes(codes: Tensor, layout: Layout = "trits") -> Tensor:
 def unpack_codes(packed: Tensor, features: int, layout: Layout = "trits") -> Tensor:
     """int8 [..., features], what `pack_codes` was given."""
     table = code_table(layout, torch.int8, packed.device)
-    return table.index_select(0, packed.flatten().int()).view(*packed.shape[:-1], -1)[..., :features]
+    return look_up(table, packed.flatten(end_dim=-2), features).view(*packed.shape[:-1], features)
 
 
 @lru_cache(maxsize=32)

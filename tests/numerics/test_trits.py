@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline_lib.numerics import look_up
 from pipeline_lib.numerics.ternary_linear import TILE, dequantise, ternary_linear
 from pipeline_lib.numerics.trits import Layout, code_table, pack_codes, packed_width, quantise, unpack_codes
 
@@ -38,6 +39,20 @@ def test_codes_come_back_whatever_the_shape(layout: Layout, shape: tuple[int, ..
     assert packed.dtype == torch.uint8
     assert packed.shape == (*shape[:-1], packed_width(shape[-1], layout))
     assert torch.equal(unpack_codes(packed, shape[-1], layout), codes)
+
+
+@pytest.mark.parametrize("entry", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("features", [1, 13, 20])
+def test_the_compiled_look_up_is_that_of_torch(
+    entry: int, dtype: torch.dtype, features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = torch.randint(-99, 99, (256, entry)).to(dtype)
+    packed = torch.randint(0, 256, (7, -(-features // entry)), dtype=torch.uint8)
+    assert look_up._library() is not None, "this machine has a C compiler"
+    fast = look_up.look_up(table, packed.t().contiguous().t(), features)
+    monkeypatch.setattr(look_up, "_library", lambda: None)
+    assert torch.equal(fast, look_up.look_up(table, packed, features))
 
 
 def test_five_trits_a_byte_are_a_tenth_of_half_precision() -> None:
