@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 from torch import nn
 
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.transforms.patterns import choose
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
@@ -16,10 +15,7 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         UserError: a pattern matches none, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError("no parameter matches", where="recipe.distill.freeze", value=pattern, allowed=names[:30])
-    frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    frozen = choose(names, patterns, "parameter", "recipe.distill.freeze")
     if len(frozen) == len(names):
         raise UserError("nothing is left to train", where="recipe.distill.freeze", value=list(patterns))
     for name in frozen:

@@ -145,6 +145,9 @@ def test_speed_task(tmp_path: Path, subject: Subject) -> None:
     assert outcome.metrics["model_mib"] * 2**20 == sum(p.nbytes for p in subject.model.parameters()) + sum(
         b.nbytes for b in subject.model.buffers()
     )
+    for prefix in ("", "lookup_"):
+        beside = outcome.metrics[f"{prefix}peak_memory_mib"] - outcome.metrics["model_mib"]
+        assert 0 < beside < 30, "of this decoding, not of this process"
     assert outcome.metrics["lookup_divergence"] == 0.0
     assert outcome.metrics["lookup_acceptance_length"] >= 1
     assert '"traceEvents"' in outcome.files["trace.json"]

@@ -223,7 +223,7 @@ def test_frozen_parameters_stay_and_are_held_once(tmp_path: Path, inputs: dict[s
     after = loop.model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert moved == {n for n, p in loop.model.named_parameters() if p.requires_grad}
-    with pytest.raises(UserError, match="no parameter matches"):
+    with pytest.raises(UserError, match="the pattern matches no parameter"):
         opened(tmp_path / "typo", inputs, freeze=["lm_haed.*"])
     with pytest.raises(UserError, match="nothing is left to train"):
         opened(tmp_path / "all", inputs, freeze=["*"])

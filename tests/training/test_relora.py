@@ -107,7 +107,7 @@ def test_no_rank_above_the_full_one() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"recipe.targets: the pattern names no linear layer"):
+    with pytest.raises(UserError, match=r"recipe.targets: the pattern matches no linear layer of a block"):
         add_adapters(Stack(), ["*.mlp"], 2)
 
 

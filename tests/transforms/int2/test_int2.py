@@ -333,6 +333,25 @@ def test_query_and_key_are_not_searched_unless_asked() -> None:
 # ---- one rounding rule
 
 
+def test_it_compiles_without_a_break() -> None:
+    """Latent weights in training, with their gradient; and held packed."""
+    layer = nn.Sequential(nn.Linear(64, 24))
+    applied = apply(layer, [{"type": "int2", "group_size": 32, "sites": {"*": {}}}], seed=0)
+    applied.context.begin(0, 0)
+    x, gradients = torch.randn(4, 3, 64), []
+    for model in (torch.compile(layer, backend="eager", fullgraph=True), layer):
+        y = model(x)
+        y.square().sum().backward()
+        gradients.append(layer[0].weight.grad)
+        layer[0].weight.grad = None
+    torch.testing.assert_close(*gradients)
+    pack(applied)
+    torch._dynamo.reset()
+    packed = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), layer(x))
+
+
 def test_an_evaluation_in_bf16_has_the_codes_of_training(tmp_path: Path) -> None:
     """Codes come from the packed checkpoint, made from fp32; weights rounded to bf16 would give some others."""
     made, applied = transformed()
