@@ -192,8 +192,10 @@ def test_a_prompt_may_hold_the_token_that_pads(inputs: dict[str, Path]) -> None:
     together = answer(model, questions, settings, [2])
     for question, found in zip(questions, together, strict=True):
         assert answer(model, [question], settings, [2]) == [found]
-    uniform = torch.from_numpy(uniforms(settings.seed, "q0", 1))
     with torch.no_grad():
         logits_V = model(torch.tensor([ids[0]])).logits[0, -1]
     mass_V = torch.softmax(logits_V.double() / settings.temperature, -1).cumsum(-1)
-    assert together[0][0] == int((mass_V <= uniform[0] * mass_V[-1]).sum()), "the whole prompt was read"
+    many = [{"id": f"p{k}", "prompt_ids": ids[0], "room": 1} for k in range(40)]
+    for question, (token,) in zip(many, answer(model, many, settings, [2]), strict=True):
+        wanted = uniforms(settings.seed, question["id"], 1)[0] * mass_V[-1]
+        assert token == int((mass_V <= wanted).sum()), "the whole prompt was read"
