@@ -80,3 +80,14 @@ def dataset(folder: Path, rows: dict[str, list[Any]], split: str = "test") -> Pa
     ids = {"id": [f"{split}-{number}" for number in range(len(rows["text"]))]}
     pq.write_table(pa.table({**ids, **rows}), folder / f"{split}-00000.parquet")
     return folder
+
+
+def adds_bos(folder: Path) -> None:
+    """Let the tokenizer put `bos` before every text by itself, as Llama 3's does, beside the one in its template."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    post = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.save_pretrained(folder)

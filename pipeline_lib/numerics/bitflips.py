@@ -256,9 +256,9 @@ def _plan(bits: int, masks: list[int], probabilities: list[float]) -> FlipPlan:
 def _flipped(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan, threshold: float | None) -> Tensor:
     """Forward on real tensors."""
     if x.device.type == "cuda":
-        from pipeline_lib.numerics.flip_kernel import flip_cuda
+        from pipeline_lib.numerics.flip_kernel import flip_into_new
 
-        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x))
+        return flip_into_new(x, key, row, element, plan, _gate_bits(threshold, x))
     return cpu.flipped(x, _window(x, key, row, element), plan, threshold)[0]
 
 
@@ -267,9 +267,9 @@ def _gated_gradient(
 ) -> Tensor:
     """Backward on real tensors: the mask is drawn again."""
     if x.device.type == "cuda":
-        from pipeline_lib.numerics.flip_kernel import flip_cuda
+        from pipeline_lib.numerics.flip_kernel import flip_into_new
 
-        return flip_cuda(x, key, row, element, plan, _gate_bits(threshold, x), grad)
+        return flip_into_new(x, key, row, element, plan, _gate_bits(threshold, x), grad)
     return cpu.gated_gradient(grad, x, _window(x, key, row, element), plan, threshold)
 
 

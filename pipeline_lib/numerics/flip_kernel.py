@@ -135,28 +135,15 @@ def flip_into_new(
     words = torch.empty(triton.cdiv(size, 4), dtype=torch.int32, device=x.device)
     out = words.view(torch.int8)[:size].view(x.dtype).view(x.shape)
     if x.numel():
-        launch(x, out, words, key, row, element, plan, gate, gradient)
+        with torch.cuda.device_of(x):
+            launch(x, out, words, *(t.to(x.device) for t in (key, row, element)), plan, gate, gradient)
     return out
-
-
-def flip_cuda(
-    x: Tensor,
-    key: Tensor,
-    row: Tensor,
-    element: Tensor,
-    plan: FlipPlan,
-    gate: int | None = None,
-    gradient: Tensor | None = None,
-) -> Tensor:
-    """`flip_into_new` on the device of `x`."""
-    with torch.cuda.device(x.device):
-        return flip_into_new(x, *(t.to(x.device) for t in (key, row, element)), plan, gate, gradient)
 
 
 def flip_cuda_(x: Tensor, key: Tensor, row: Tensor, element: Tensor, plan: FlipPlan) -> None:
     """Flip contiguous `x` in place."""
     if (x.numel() * x.element_size()) % 4 or x.data_ptr() % 4:  # its words would reach beyond it
-        x.copy_(flip_cuda(x, key, row, element, plan))
+        x.copy_(flip_into_new(x, key, row, element, plan))
         return
     with torch.cuda.device(x.device):
         launch(x, x, x.view(-1).view(torch.int32), *(t.to(x.device) for t in (key, row, element)), plan)

@@ -32,6 +32,23 @@ def _codes(byte, DIGIT: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _bytes(packed, n, b, N, BYTES):
+    """The bytes b of the rows n."""
+    inside = (n[:, None] < N) & (b[None, :] < BYTES)
+    return tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _weights(byte, scale, n, k, N, K, GROUPS, WIDTH, GROUPED: tl.constexpr, DIGIT: tl.constexpr, D: tl.constexpr):
+    """The weights of the rows n and columns k in one place of the bytes (fp32), without a tensor's or a row's scale."""
+    w_NB = _codes(byte, DIGIT, D)
+    if GROUPED:
+        at = n[:, None] * GROUPS + (k // WIDTH)[None, :]
+        w_NB *= tl.load(scale + at, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0).to(tl.float32)
+    return w_NB
+
+
+@triton.jit
 def _forward_kernel(
     x, packed, scale, y, M, N, K, BYTES, GROUPS, WIDTH,
     PER_TENSOR: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr,
@@ -44,15 +61,11 @@ def _forward_kernel(
     total = tl.zeros([BM, BN], tl.float32)
     for b0 in range(0, BYTES, BB):
         b = b0 + tl.arange(0, BB)
-        inside = (n[:, None] < N) & (b[None, :] < BYTES)
-        byte = tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0)
+        byte = _bytes(packed, n, b, N, BYTES)
         for digit in tl.static_range(D):
             k = b * D + digit
             x_MB = tl.load(x + row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-            w_NB = _codes(byte, digit, D)
-            if GROUPED:
-                at = n[:, None] * GROUPS + (k // WIDTH)[None, :]
-                w_NB *= tl.load(scale + at, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0).to(tl.float32)
+            w_NB = _weights(byte, scale, n, k, N, K, GROUPS, WIDTH, GROUPED, digit, D)
             total = tl.dot(x_MB, tl.trans(w_NB.to(x_MB.dtype)), total, input_precision="ieee")
     if PER_TENSOR:
         total *= tl.load(scale).to(tl.float32)
@@ -72,15 +85,11 @@ def _row_kernel(
     total = tl.zeros([BN, BB], tl.float32)
     for b0 in range(0, BYTES, BB):
         b = b0 + tl.arange(0, BB)
-        inside = (n[:, None] < N) & (b[None, :] < BYTES)
-        byte = tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0)
+        byte = _bytes(packed, n, b, N, BYTES)
         for digit in tl.static_range(D):
             k = b * D + digit
             x_B = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-            w_NB = _codes(byte, digit, D)
-            if GROUPED:
-                at = n[:, None] * GROUPS + (k // WIDTH)[None, :]
-                w_NB *= tl.load(scale + at, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0).to(tl.float32)
+            w_NB = _weights(byte, scale, n, k, N, K, GROUPS, WIDTH, GROUPED, digit, D)
             total += w_NB * x_B[None, :]
     y_N = tl.sum(total, 1)
     if PER_TENSOR:
@@ -106,12 +115,9 @@ def _gradient_kernel(
         g_MN = tl.load(
             g + m.to(tl.int64)[:, None] * N + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0.0
         )
-        inside = (n[:, None] < N) & (b[None, :] < BYTES)
-        w_NB = _codes(tl.load(packed + n.to(tl.int64)[:, None] * BYTES + b[None, :], mask=inside, other=0), DIGIT, D)
-        if GROUPED:
-            at = n[:, None] * GROUPS + (k // WIDTH)[None, :]
-            w_NB *= tl.load(scale + at, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0).to(tl.float32)
-        elif not PER_TENSOR:
+        byte = _bytes(packed, n, b, N, BYTES)
+        w_NB = _weights(byte, scale, n, k, N, K, GROUPS, WIDTH, GROUPED, DIGIT, D)
+        if not GROUPED and not PER_TENSOR:
             w_NB *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         total = tl.dot(g_MN, w_NB.to(g_MN.dtype), total, input_precision="ieee")
     if PER_TENSOR:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,15 +18,14 @@ from pipeline_lib.models.checkpoint import checkpoint_directory, load_model
 from pipeline_lib.training import distributed
 from pipeline_lib.training.build import autocast
 from pipeline_lib.training.divergences import DIVERGENCES, cross_entropy, token_scale
+from pipeline_lib.training.freezing import freeze, share
+from pipeline_lib.training.heads import assert_plain_head, head_replaced, hidden_states
 from pipeline_lib.training.hooks import Batch, Hooks
 from pipeline_lib.training.losses import IGNORED, count_targets
 from pipeline_lib.transforms.context import FaultContext
 
 if TYPE_CHECKING:
     from pipeline_lib.training.loop import Loop
-
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
-"""Settings of models (Gemma, Cohere, Granite) that change logits after the head."""
 
 Piece = Callable[[Tensor, slice], Tensor]
 """(hidden [B, C, D], positions) → the summed loss [B] of those positions."""
@@ -94,7 +92,7 @@ class DistillHooks(Hooks):
         if largest >= model.get_input_embeddings().num_embeddings:
             raise _vocabularies("the records' largest token id", largest, "the student's embedding", model)
         frozen = freeze(model, self.settings.freeze)
-        _assert_plain_head(model)
+        assert_plain_head(model)
         if self.settings.loss == "ce":
             return
         dtype = "bfloat16" if self.settings.precision == "bf16" else "float32"
@@ -102,7 +100,7 @@ class DistillHooks(Hooks):
         self.teacher.requires_grad_(False)
         if self.teacher.get_output_embeddings().weight.shape[0] != model.get_output_embeddings().weight.shape[0]:
             raise _vocabularies("the teacher's head", self.teacher.vocab_size, "the student's head", model)
-        _assert_plain_head(self.teacher)
+        assert_plain_head(self.teacher)
         alike = self._job.inputs["teacher-model"].resolve() == self._job.inputs["init"].resolve()
         if frozen and alike and distributed.world() == 1:
             share(model, self.teacher, frozen)
@@ -122,7 +120,7 @@ class DistillHooks(Hooks):
         """loss_B: the divergence, summed over each sequence's positions that count."""
         ids_BT, labels_BT = batch["input_ids"], batch["labels"]
         mask_BT = self._mask(labels_BT)
-        hidden_BTD = None if self.teacher is None else _hidden(self.teacher, ids_BT)
+        hidden_BTD = None if self.teacher is None else hidden_states(self.teacher, ids_BT)
         weight_BT = mask_BT.float()
         if self.settings.loss == "tlsd":
             weight_BT = self._scale(hidden_BTD, labels_BT, mask_BT)
@@ -137,7 +135,7 @@ class DistillHooks(Hooks):
             return (loss_BC * weight_BT[:, at]).sum(1)
 
         wanted_T = weight_BT.any(0)
-        with _head_replaced(model, lambda head, h: self._in_chunks(lambda h, at: piece(head, h, at), h, wanted_T)):
+        with head_replaced(model, lambda head, h: self._in_chunks(lambda h, at: piece(head, h, at), h, wanted_T)):
             return model(input_ids=ids_BT, use_cache=False).logits
 
     def _in_chunks(self, piece: Piece, hidden_BTD: Tensor, wanted_T: Tensor) -> Tensor:
@@ -217,7 +215,7 @@ class DistillHooks(Hooks):
         return total / max(count, 1)
 
     def _confidence(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_BTD, parts = _hidden(self.teacher, ids_BT), []
+        hidden_BTD, parts = hidden_states(self.teacher, ids_BT), []
         for start in range(0, ids_BT.shape[1], self.settings.chunk):
             at = slice(start, start + self.settings.chunk)
             p_BCV = torch.softmax(self._teacher_logits(hidden_BTD[:, at]), -1)
@@ -270,75 +268,6 @@ class DistillHooks(Hooks):
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take gamma back."""
         self.gamma = values["gamma"]
-
-
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Stop the training of parameters whose names match; their names.
-
-    Raises:
-        UserError: a pattern matches none, or nothing is left to train.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError("no parameter matches", where="recipe.distill.freeze", value=pattern, allowed=names[:30])
-    frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if len(frozen) == len(names):
-        raise UserError("nothing is left to train", where="recipe.distill.freeze", value=list(patterns))
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
-    return frozen
-
-
-def share(model: nn.Module, teacher: nn.Module, names: list[str]) -> None:
-    """Let the teacher hold the student's own tensors of these names."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        setattr(teacher.get_submodule(path), leaf, model.get_parameter(name))
-    for path, module in teacher.named_modules():  # tied weights have a second name
-        own = dict(model.get_submodule(path).named_parameters(recurse=False)) if path else {}
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            twin = own.get(leaf)
-            if twin is not None and not twin.requires_grad and parameter is not twin:
-                setattr(module, leaf, twin)
-
-
-def _hidden(model: Any, ids_BT: Tensor) -> Tensor:
-    """What a model's head would see, [B, T, D], without gradient."""
-    with torch.no_grad(), _head_replaced(model, lambda head, hidden_BTD: hidden_BTD):
-        return model(input_ids=ids_BT, use_cache=False).logits
-
-
-@contextmanager
-def _head_replaced(model: Any, compute: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
-    """Let `compute(head, hidden)` stand where the model's forward pass calls its head.
-
-    Inside the forward pass of the whole model, so that sharded weights are there. `head` computes as ever.
-    """
-    head = model.get_output_embeddings()
-    forward = head.forward
-
-    def own(hidden_BTD: Tensor) -> Tensor:
-        return forward(hidden_BTD)
-
-    head.forward = lambda hidden_BTD: compute(own, hidden_BTD)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def _assert_plain_head(model: Any) -> None:
-    """The loss runs the head itself, so nothing may come after it in the model's forward pass."""
-    after = [name for name in AFTER_THE_HEAD if getattr(model.config, name, None) not in (None, 1.0)]
-    if after:
-        raise UserError(
-            "its logits are more than the product of hidden states and head, which this loss does not know",
-            where=f"recipe.distill: {type(model).__name__}",
-            value=after,
-            allowed="models like llama",
-            fix="use another model",
-        )
 
 
 def _vocabularies(one: str, size: int, other: str, model: Any) -> UserError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.training.hooks import Hooks
 from pipeline_lib.training.outcome import CHECK, check_tokens
 from pipeline_lib.transforms.modules import reclass
+from pipeline_lib.transforms.patterns import choose
 
 if TYPE_CHECKING:
     from pipeline_lib.artifacts.job import Job
@@ -77,19 +77,9 @@ class LoraHooks(Hooks):
         """
         model.requires_grad_(False)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        for pattern in self.lora.targets:
-            if not any(fnmatchcase(name, pattern) for name in linears):
-                raise UserError(
-                    "the pattern matches no linear layer",
-                    where="recipe.finetune.lora.targets",
-                    value=pattern,
-                    allowed=f"patterns on {', '.join(list(linears)[:24])}",
-                    fix="compare the pattern with the names above; * crosses dots",
-                )
         owners = [id(weight) for _, weight in model.named_parameters(remove_duplicate=False)]
-        for name, module in linears.items():
-            if not any(fnmatchcase(name, pattern) for pattern in self.lora.targets):
-                continue
+        for name in choose(linears, self.lora.targets, "linear layer", "recipe.finetune.lora.targets"):
+            module = linears[name]
             if owners.count(id(module.weight)) > 1:
                 raise UserError(
                     "the layer shares its weight with another one, which an adapter would change too",

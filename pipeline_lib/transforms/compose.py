@@ -178,8 +178,15 @@ class SiteFunctions:
             return dict(packed)
         assert value is not None  # only a packed weight leaves its layer without one
         if self.store is None or role not in self.store.roles:
-            return {WHOLE: value}
+            return {WHOLE: self._as_read(value) if self.is_faulty(role) else value}
         return dict(self.store.encode(value.detach() if self.store.straight_through else value, role))
+
+    def _as_read(self, value: Tensor) -> Tensor:
+        """Under autocast, in the dtype that the operation computes in: those are the bits that lie in memory."""
+        kind = value.device.type
+        if self.site.kind == "embedding" or not value.is_floating_point() or not torch.is_autocast_enabled(kind):
+            return value
+        return value.to(torch.get_autocast_dtype(kind))
 
     def decode(self, value: Tensor | None, stored: dict[str, Tensor], role: str) -> Tensor:
         """The operand from its stored tensors, with its gradient led back to `value`."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline_lib.config.errors import UserError
 from pipeline_lib.models.blocks import blocks
 from pipeline_lib.models.naming import ADAPTER
 from pipeline_lib.transforms.compose import SiteFunctions
 from pipeline_lib.transforms.modules import reclass
+from pipeline_lib.transforms.patterns import choose
 from pipeline_lib.transforms.state import assign, whole
 
 Start = Literal["xavier", "orthogonal"]
@@ -98,20 +97,12 @@ def add_adapters(
     """Give the linear layers inside the model's blocks an adapter each; name → layer, in the model's order.
 
     Raises:
-        UserError: a pattern names no linear layer.
+        UserError: a pattern matches no linear layer.
     """
     names = {id(module): name for name, module in model.named_modules()}
     linears = {names[id(m)]: m for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise UserError(
-                "the pattern names no linear layer that could have an adapter",
-                where="recipe.targets",
-                value=pattern,
-                allowed=f"patterns on {', '.join(list(linears)[:8])}, …",
-                fix="compare the pattern with the names above; * crosses dots",
-            )
-    chosen: dict[str, Any] = {n: m for n, m in linears.items() if any(fnmatchcase(n, p) for p in patterns)}
+    wanted = choose(linears, patterns, "linear layer of a block", "recipe.targets")
+    chosen: dict[str, Any] = {name: linears[name] for name in wanted}
     for layer in chosen.values():
         adapter = Adapter(layer.weight.shape, rank, factor, start)
         layer.add_module(ADAPTER, adapter)

@@ -58,8 +58,7 @@ class PackedStore(nn.Module, Store):
 
     def packed(self, role: str) -> dict[str, Tensor] | None:
         """See `Store.packed`."""
-        held = {part: buffer for part in self.parts if (buffer := getattr(self, part, None)) is not None}
-        return held or None
+        return {part: getattr(self, part) for part in self.parts} if hasattr(self, self.parts[0]) else None
 
     def drop_state(self) -> None:
         """Forget what only encoding needs."""

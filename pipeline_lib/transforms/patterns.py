@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from pipeline_lib.config.errors import UserError
 from pipeline_lib.transforms.base import KINDS, Site
 
 Overrides = dict[str, Any] | None
@@ -61,6 +62,25 @@ def matches(pattern: str, site: Site) -> bool:
     if colon and kind in KINDS:
         return kind == site.kind and fnmatchcase(site.name, rest)
     return fnmatchcase(site.name, pattern)
+
+
+def choose(names: Iterable[str], patterns: Sequence[str], what: str, where: str) -> list[str]:
+    """The names that any of the patterns matches, in their order; `what` and `where` are for the error.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"the pattern matches no {what}",
+                where=where,
+                value=pattern,
+                allowed=f"patterns on {', '.join(names[:24])}",
+                fix="compare the pattern with the names above; * crosses dots",
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def merge(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

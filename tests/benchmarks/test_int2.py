@@ -78,6 +78,20 @@ def test_the_block_measures_a_real_search(monkeypatch: pytest.MonkeyPatch) -> No
     assert int2_block.layer("tiny", False, tokens=40)["search s"] is None
 
 
+def test_two_blocks_take_training_steps() -> None:
+    """The recipe's own steps; the teacher shares the frozen embedding and holds its blocks in bf16."""
+    tiny = {"dim": 64, "layers": 16, "heads": 2, "kv_heads": 1, "ffn": 128, "vocab": 96, "max_seq_len": 32}
+    found = int2_block.qat(tiny, 2, 16)
+    layers = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    trained = layers + (2 * 2 + 1) * 64
+    assert found["blocks"] == "2 of 16"
+    assert found["trained weights"] == trained
+    assert found["optimizer MiB"] == round(8 * trained / 2**20, 1)
+    assert found["teacher's own MiB"] == pytest.approx(2 * trained / 2**20, abs=0.1)
+    assert 0 < found["loss"] < 10
+    assert found["peak of a step MiB"] > 4 * trained / 2**20, "gradients alone"
+
+
 def test_the_whole_model_is_counted_without_memory() -> None:
     """Llama-3.2-1B, tied: 1,235.8 M weights; 973.1 M of them at 2.140625 bits, the rest at 16."""
     found = {row["embedding bits"]: row for row in int2_block.whole_model()}

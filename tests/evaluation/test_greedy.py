@@ -88,6 +88,16 @@ def test_the_models_own_sampling_takes_no_part(subject: Subject) -> None:
         subject.model.generation_config = own
 
 
+@pytest.mark.parametrize("lookup", [0, 3])
+def test_every_token_of_a_prompt_is_read(subject: Subject, lookup: int) -> None:
+    """Also those with the ids of padding and of an end: no attention mask is guessed from ids."""
+    ids = prompts(subject, 1)[0]
+    ids = [*ids[:4], 0, *ids[4:9], 2, 0, *ids[9:]]
+    found = greedy(subject, ids, decoding(max_new_tokens=12, prompt_lookup=lookup), 0, ends=[2]).ids
+    assert found == by_hand(subject, ids, 12)[: len(found)]
+    assert found != greedy(subject, [token for token in ids if token not in (0, 2)], decoding(), 0).ids[: len(found)]
+
+
 def test_logits_belong_to_the_tokens(subject: Subject) -> None:
     for lookup in (0, 4):
         found = greedy(subject, prompts(subject, 1)[0], decoding(prompt_lookup=lookup), 0, logits=True)
@@ -108,6 +118,28 @@ def test_bf16_divergence_is_counted(subject: Subject) -> None:
     metrics, _ = figures({"": [one, one], "lookup_": [one, other]})
     assert metrics["lookup_divergence"] == 0.5
     assert metrics["lookup_acceptance_length"] == 2 * (len(one.ids) - 1) / (one.passes + 5)
+
+
+def test_the_divergence_in_bf16_is_that_of_the_texts(tmp_path: Path, subject: Subject) -> None:
+    from pipeline_lib.evaluation.tasks import speed
+    from tests.chat import dataset
+
+    folder = chat_model(tmp_path / "model", scale=4.0)
+    half = Subject(load_model(folder, "bfloat16"), subject.tokenizer, None, 1)
+    texts = dataset(tmp_path / "texts", {"text": [SENTENCE * 12]})
+    given = {"max_new_tokens": 30, "prompt_lookup": 6}
+    task = speed.open_task(
+        {"type": "speed", "dataset": "x", "prompt_tokens": 24, "prompts": 5, "warmup": 1, "decoding": given},
+        {"dataset": texts},
+        tmp_path,
+    )
+    outcome = task.run(half, 0)
+    asked = task._prompts(half)[1:]
+    plain, looked = (
+        [greedy(half, ids, decoding(**{**given, "prompt_lookup": lookup}), 0).ids for ids in asked] for lookup in (0, 6)
+    )
+    differ = sum(one != other for one, other in zip(plain, looked, strict=True))
+    assert outcome.metrics["lookup_divergence"] == differ / len(asked)
 
 
 def test_tied_weights_count_once() -> None:
@@ -145,6 +177,9 @@ def test_speed_task(tmp_path: Path, subject: Subject) -> None:
     assert outcome.metrics["model_mib"] * 2**20 == sum(p.nbytes for p in subject.model.parameters()) + sum(
         b.nbytes for b in subject.model.buffers()
     )
+    for prefix in ("", "lookup_"):
+        beside = outcome.metrics[f"{prefix}peak_memory_mib"] - outcome.metrics["model_mib"]
+        assert 0 < beside < 30, "of this decoding, not of this process"
     assert outcome.metrics["lookup_divergence"] == 0.0
     assert outcome.metrics["lookup_acceptance_length"] >= 1
     assert '"traceEvents"' in outcome.files["trace.json"]

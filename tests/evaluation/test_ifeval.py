@@ -16,7 +16,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.evaluation import offline
 from pipeline_lib.evaluation.run import Session
 from pipeline_lib.evaluation.tasks import ifeval
-from tests.chat import chat_model
+from tests.chat import adds_bos, chat_model
 
 ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("Answer without commas.", "punctuation:no_comma", {}),
@@ -128,3 +128,28 @@ def test_assets() -> None:
     assert prompts["repo"] == "google/IFEval"
     assert set(punkt) == {"url", "sha256", "name"}
     assert ifeval.refuses(ifeval.Settings.model_validate({}), "bert") is not None
+
+
+def test_a_conversation_begins_once_and_ends_where_the_answer_begins(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tokenizer that puts `bos` before every text itself, beside the one that the chat template writes."""
+    from transformers import LlamaForCausalLM
+
+    folder = chat_model(tmp_path / "model", scale=3.0)
+    adds_bos(folder)
+    seen: list[list[int]] = []
+    forward = LlamaForCausalLM.forward
+
+    def spy(self: Any, input_ids: Any = None, **given: Any) -> Any:
+        if input_ids.shape[1] > 1:
+            rows = given["attention_mask"] if given.get("attention_mask") is not None else input_ids >= 0
+            seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, rows, strict=True))
+        return forward(self, input_ids=input_ids, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    found = Session().evaluate(arm_settings(max_new_tokens=2), {**inputs, "checkpoint": folder}, None, {}).result
+    assert found["n_samples"] == len(seen) == len(ASKED)
+    for ids in seen:
+        assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 4), "<|begin|> once, and <|assistant|> last"
+    assert ifeval.Settings().decoding.max_new_tokens == 1280  # type: ignore[call-arg]

@@ -223,7 +223,7 @@ def test_frozen_parameters_stay_and_are_held_once(tmp_path: Path, inputs: dict[s
     after = loop.model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert moved == {n for n, p in loop.model.named_parameters() if p.requires_grad}
-    with pytest.raises(UserError, match="no parameter matches"):
+    with pytest.raises(UserError, match="the pattern matches no parameter"):
         opened(tmp_path / "typo", inputs, freeze=["lm_haed.*"])
     with pytest.raises(UserError, match="nothing is left to train"):
         opened(tmp_path / "all", inputs, freeze=["*"])
@@ -266,3 +266,26 @@ def test_errors(tmp_path: Path, inputs: dict[str, Path]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RECIPES.load("distill").Settings(steps=1, **wrong)
+
+
+@pytest.mark.parametrize("loss", ["cakld", "jsd", "ce"])
+def test_the_loss_is_fp32_in_a_training_in_bf16(loss: str, tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """Logits come out of the head in bf16; logarithms and sums over the vocabulary do not stay there."""
+    given = {"gamma": 0.4} if loss == "cakld" else {}
+    loop, hooks = opened(tmp_path, inputs, loss=loss, precision="bf16", **given)
+    batch = batch_of(loop)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_B = hooks.loss(loop.model, batch)
+        student_BTV = loop.model(input_ids=batch["input_ids"]).logits
+        teacher_BTV = student_BTV if loss == "ce" else hooks.teacher(input_ids=batch["input_ids"]).logits
+    assert student_BTV.dtype == torch.bfloat16
+    assert found_B.dtype == torch.float32
+    s, t = student_BTV.double(), teacher_BTV.double()
+    labels = batch["labels"].clamp(min=0).unsqueeze(-1)
+    exact = {
+        "cakld": lambda: cakld(s, t, 0.4),
+        "jsd": lambda: jsd(s, t, 0.5),
+        "ce": lambda: -torch.log_softmax(s, -1).gather(-1, labels).squeeze(-1),
+    }[loss]()
+    expected_B = (exact * (batch["labels"] != IGNORED)).sum(1)
+    torch.testing.assert_close(found_B.double(), expected_B, rtol=1e-4, atol=0)

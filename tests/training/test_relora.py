@@ -107,7 +107,7 @@ def test_no_rank_above_the_full_one() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"recipe.targets: the pattern names no linear layer"):
+    with pytest.raises(UserError, match=r"recipe.targets: the pattern matches no linear layer of a block"):
         add_adapters(Stack(), ["*.mlp"], 2)
 
 
@@ -200,6 +200,9 @@ def test_a_ternary_merge_changes_a_layer_by_its_roundings_and_no_more() -> None:
         loop.check = (name, new, x, after)
     hooks.merge(loop)
     name, new, x, after = loop.check
+    exact = nn.functional.linear(x, new, hooks.layers[name].bias)
+    rounded = (hooks.layers[name](x) - exact).norm(dim=-1).detach()
+    assert (rounded <= (new - grid(new)).norm() * x.norm(dim=-1) * (1 + 1e-5)).all(), "of the merged layer, W' alone"
     torch.testing.assert_close(hooks.masters[name], new)
     torch.testing.assert_close(hooks.layers[name](x), after, rtol=1e-4, atol=1e-5)
 

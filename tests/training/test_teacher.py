@@ -19,7 +19,8 @@ from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.data.prompts import TeacherData
 from pipeline_lib.data.records import read_records
-from pipeline_lib.models.checkpoint import load_model
+from pipeline_lib.models.checkpoint import load_model, load_tokenizer
+from pipeline_lib.training import teacher
 from pipeline_lib.training.teacher import InverseSampling, answer, build, uniforms
 from tests.chat import chat_model, dataset
 
@@ -162,3 +163,39 @@ def test_records_are_one_line_each(tmp_path: Path, inputs: dict[str, Path]) -> N
     lines = (tmp_path / "out" / "records.jsonl").read_bytes().split(b"\n")
     assert lines.pop() == b""
     assert [json.loads(line)["id"] for line in lines] == [r["id"] for r in read_records(tmp_path / "out")]
+
+
+def test_an_answer_that_repeats_its_prompt_is_kept_whole(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the prompt's tokens, special ones too: no text is searched for the prompt and cut."""
+    special = 3
+
+    def echo(model: Any, questions: list[dict[str, Any]], settings: TeacherData, ends: list[int]) -> list[list[int]]:
+        return [[*q["prompt_ids"], special, *q["prompt_ids"], ends[0]] for q in questions]
+
+    monkeypatch.setattr(teacher, "answer", echo)
+    made(tmp_path, inputs)
+    tokenizer = load_tokenizer(inputs["model"])
+    for record in read_records(tmp_path / "out"):
+        prompt = tokenizer.decode(record["prompt_ids"])
+        assert record["completion"] == f"{prompt}<|user|>{prompt}"
+        assert record["messages"][0]["content"] in record["completion"]
+
+
+def test_a_prompt_may_hold_the_token_that_pads(inputs: dict[str, Path]) -> None:
+    """Shorter prompts of a batch are padded with an end token; one that a prompt holds itself is read."""
+    model: Any = load_model(inputs["model"])
+    settings = TeacherData.model_validate(DATA)
+    ids = [[1, 40, 2, 0, 41, 2, 42], [1, 40, 41, 42], [1, *range(40, 60)]]
+    questions = [{"id": f"q{k}", "prompt_ids": prompt, "room": 12} for k, prompt in enumerate(ids)]
+    together = answer(model, questions, settings, [2])
+    for question, found in zip(questions, together, strict=True):
+        assert answer(model, [question], settings, [2]) == [found]
+    with torch.no_grad():
+        logits_V = model(torch.tensor([ids[0]])).logits[0, -1]
+    mass_V = torch.softmax(logits_V.double() / settings.temperature, -1).cumsum(-1)
+    many = [{"id": f"p{k}", "prompt_ids": ids[0], "room": 1} for k in range(40)]
+    for question, (token,) in zip(many, answer(model, many, settings, [2]), strict=True):
+        wanted = uniforms(settings.seed, question["id"], 1)[0] * mass_V[-1]
+        assert token == int((mass_V <= wanted).sum()), "the whole prompt was read"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "build"]
 
+PACKS = True
+"""Checkpoints under this transform get a packed form beside the latent one."""
+
 
 def build(settings: Settings) -> Transform:
     """The transform of these settings."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline_lib.numerics.ternary_linear import dequantise, ternary_linear
-from pipeline_lib.numerics.trits import pack_codes, quantise
+from pipeline_lib.numerics.trits import PER_BYTE, group_width, pack_codes, quantise
 from pipeline_lib.transforms.base import Rows, Site, Store, Transform
+from pipeline_lib.transforms.packed import PackedStore
 from pipeline_lib.transforms.ternary.settings import Settings
 
 
-class TernaryStore(nn.Module, Store):
+class TernaryStore(PackedStore):
     """The weight of one layer.
 
     Stored parts: `codes`, uint8 [out, bytes]; `scale` [1, 1] or [out, groups], in the dtype of the weight. Faults act
@@ -20,16 +21,10 @@ class TernaryStore(nn.Module, Store):
 
     parts = ("codes", "scale")
     exposed = ("codes",)
-    roles = frozenset({"weight"})
 
-    codes: Tensor | None
-    scale: Tensor | None
-
-    def __init__(self, settings: Settings, features: int) -> None:
-        super().__init__()
-        self.settings, self.features = settings, features
-        self.register_buffer("codes", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
+    def __init__(self, settings: Settings, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.settings, self.features = settings, shape[1]
 
     def encode(self, value: Tensor, role: str) -> dict[str, Tensor]:
         """Codes and scales of a weight [out, in]."""
@@ -49,13 +44,8 @@ class TernaryStore(nn.Module, Store):
     def decode(self, stored: dict[str, Tensor], role: str) -> Tensor:
         """codes · scale, [out, in]."""
         settings = self.settings
-        return dequantise(stored["codes"], stored["scale"], self.features, settings.layout, settings.group_size)
-
-    def packed(self, role: str) -> dict[str, Tensor] | None:
-        """Codes and scales as they are held, if they are."""
-        if self.codes is None or self.scale is None:
-            return None
-        return {"codes": self.codes, "scale": self.scale}
+        weight = dequantise(stored["codes"], stored["scale"], self.features, settings.layout, settings.group_size)
+        return weight if self.packed(role) is None else weight.to(self.dtype)
 
     @torch.no_grad()
     def pack(self, value: Tensor, role: str, rows: Rows | None = None) -> None:
@@ -65,8 +55,9 @@ class TernaryStore(nn.Module, Store):
             stored["codes"] = rows.gather(stored["codes"])
             if self.settings.granularity != "tensor":
                 stored["scale"] = rows.gather(stored["scale"])
-        device = value.device if self.codes is None else self.codes.device
-        self.codes, self.scale = stored["codes"].to(device), stored["scale"].to(device)
+        held = self.packed(role)
+        device = value.device if held is None else held["codes"].device
+        self.hold({part: tensor.to(device) for part, tensor in stored.items()}, value.dtype)
 
     def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
         """See `Store.multiply`; unpacked tile by tile, under autocast in its dtype."""
@@ -78,6 +69,12 @@ class TernaryStore(nn.Module, Store):
         y = ternary_linear(input, codes, scale, self.features, settings.layout, settings.group_size)
         return y if bias is None else y + bias.to(y.dtype)
 
+    def bits_per_weight(self) -> float:
+        """See `PackedStore.bits_per_weight`; scales are fp32, as the weights that they come from."""
+        settings, (rows, features) = self.settings, self.shape
+        shares = {"tensor": rows * features, "row": features, "group": group_width(features, settings.group_size)}
+        return 8 / PER_BYTE[settings.layout] + 32 / shares[settings.granularity]
+
 
 class Ternary(Transform):
     """Three-valued weights."""
@@ -87,4 +84,4 @@ class Ternary(Transform):
 
     def store(self, site: Site) -> Store:
         """The codes of the site's weight."""
-        return TernaryStore(self.settings, site.shape[1])
+        return TernaryStore(self.settings, site.shape)

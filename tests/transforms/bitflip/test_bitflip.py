@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -224,6 +225,26 @@ def test_gradients_are_those_of_the_gated_operands(gate: float | None) -> None:
     assert not torch.equal(linear.weight, weight)
     if gate:
         assert not bool(seen["input kept"].all())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_bits_that_the_product_reads_are_flipped(kind: torch.dtype) -> None:
+    """Not those of the fp32 weights, most of which rounding would hide: training has the faults of an evaluation."""
+    torch.manual_seed(0)
+    found, x = [], torch.randn(2, 5, 48, requires_grad=True)
+    trained = nn.Sequential(nn.Linear(48, 40, bias=False))
+    for layer in (trained, copy.deepcopy(trained).to(kind)):
+        settings = bitflip(weight={"p": 0.01, "zero_out": 1.0}, input={"p_frac": 0.2, "zero_out": 9.0}, sites={"*": {}})
+        applied = apply(layer, settings, seed=1)
+        applied.context.begin(3, 0)
+        with torch.autocast("cpu", dtype=kind, enabled=layer is trained):
+            found.append(layer(x if layer is trained else x.to(kind)))
+    assert found[0].dtype == kind
+    assert torch.equal(*found)
+    found[0].float().square().sum().backward()
+    assert trained[0].weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+    assert x.grad is not None
+    assert not torch.equal(found[0], torch.nn.functional.linear(x.to(kind), trained[0].weight.to(kind)))  # type: ignore[arg-type]
 
 
 def test_every_kind_of_site_flips_only_where_its_operand_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

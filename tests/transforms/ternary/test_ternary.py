@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.models import llama
 from pipeline_lib.numerics.trits import quantise
 from pipeline_lib.transforms.apply import Applied, apply
 from pipeline_lib.transforms.low_rank import freeze
+from pipeline_lib.transforms.packed import load_packed, pack, pack_for, packed_sites, save_packed
 
 EVERYWHERE = {"sites": {"*": {}}}
 GRIDS: list[dict[str, Any]] = [
@@ -160,3 +163,53 @@ def test_patterns_change_the_grid_by_layer() -> None:
     applied = ternary(model, sites={"0": {"granularity": "row"}, "1": None})
     assert applied.report["layers"] == {"0": ["0:ternary:0"]}
     assert model[0].transform.store.settings.granularity == "row"
+
+
+# -- packed checkpoints ------------------------------------------------------------------------------------------------
+
+SHAPE = {"dim": 20, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32, "vocab": 40, "max_seq_len": 8}
+TOKENS = torch.arange(16).view(2, 8)
+
+
+def decoder(**settings: Any) -> tuple[Any, Applied]:
+    torch.manual_seed(0)
+    model = llama.build(SHAPE).eval()
+    applied = apply(model, [{"type": "ternary", **settings}], seed=0)
+    applied.context.begin(0, 0)
+    return model, applied
+
+
+@pytest.mark.parametrize("settings", [{}, {"granularity": "group", "group_size": 4}, GRIDS[3]], ids=str)
+@torch.no_grad()
+def test_a_packed_checkpoint_says_what_latent_weights_say(settings: dict[str, Any], tmp_path: Path) -> None:
+    model, applied = decoder(**settings)
+    latent = model(TOKENS).logits
+    pack(applied)
+    sizes = save_packed(tmp_path / "packed", model, applied, torch.float32)["layers"]
+    assert sizes["bits_per_weight"] == pytest.approx(sizes["theoretical_bits_per_weight"], rel=0.1)
+    assert sizes["bits_per_weight"] < (10 if settings.get("granularity") == "group" else 2.3)
+    loaded, again = load_packed(tmp_path / "packed")
+    again.context.begin(0, 0)
+    torch.testing.assert_close(loaded(TOKENS).logits, latent, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for name, p in loaded.named_parameters() if "_proj" in name) == 0
+
+
+@torch.no_grad()
+def test_an_evaluation_in_bf16_has_the_codes_of_training(tmp_path: Path) -> None:
+    """Rounded to bf16 first, weights at a threshold would take another code than they had in training."""
+    model, applied = decoder()
+    pack(applied)
+    save_packed(tmp_path / "packed", model, applied, torch.bfloat16)
+    expected = {name: store.packed("weight") for name, (_, store) in packed_sites(applied).items()}
+    torch.manual_seed(0)
+    half = llama.build(SHAPE).bfloat16().eval()
+    evaluated = apply(half, [{"type": "ternary"}], seed=0)
+    own = {n: s.encode(m.weight, "weight")["codes"] for n, (m, s) in packed_sites(evaluated).items()}  # type: ignore[arg-type]
+    assert any(not torch.equal(own[name], stored["codes"]) for name, stored in expected.items() if stored)
+    pack_for(evaluated, tmp_path / "packed")
+    for name, (_, store) in packed_sites(evaluated).items():
+        held = store.packed("weight")
+        assert held is not None
+        assert torch.equal(held["codes"], expected[name]["codes"])  # type: ignore[index]
+    evaluated.context.begin(0, 0)
+    assert torch.isfinite(half(TOKENS).logits).all()
