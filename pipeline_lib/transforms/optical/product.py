@@ -54,9 +54,9 @@ def product(
         [rows, …, n, m] in the dtype of left; [3, 2] fp32, (−least, largest) value of left, right and the result before
         it is rounded, −inf where nothing was observed.
     """
-    place = [] if draw is None else [draw.key, draw.first_row, draw.first_element]
+    place = (None, None, None) if draw is None else (draw.key, draw.first_row, draw.first_element)
     strides = [] if draw is None or draw.strides is None else list(draw.strides)
-    inputs = (left, right, ranges, knobs, place, strides, how.linear, how.lut_min, how.gate, how.quantiles)
+    inputs = (left, right, ranges, knobs, *place, strides, how.linear, how.lut_min, how.gate, how.quantiles)
     if torch.compiler.is_compiling():
         return _product_op(*inputs, how.observe, how.exact)[:2]
     return _Product.apply(*inputs, how.observe, how.exact)[:2]  # eager: without an operator's overhead
@@ -67,7 +67,9 @@ def _forward(
     right: Tensor,
     ranges: Tensor,
     knobs: Tensor,
-    place: Sequence[Tensor],
+    key: Tensor | None,
+    row: Tensor | None,
+    vector: Tensor | None,
     strides: Sequence[int],
     linear: bool,
     lut_min: float | None,
@@ -76,14 +78,16 @@ def _forward(
     observe: bool,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    draw = Draw(*place, strides=tuple(strides)) if place else None
+    draw = None
+    if key is not None and row is not None and vector is not None:
+        draw = Draw(key, row, vector, strides=tuple(strides))
     how = How(linear, lut_min, gate, None if quantiles is None else (quantiles[0], quantiles[1]), observe, exact)
     return reference(left, right, ranges, knobs, draw, how)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     left, right, ranges = inputs[:3]
-    ctx.linear, gate = inputs[6], inputs[8]
+    ctx.linear, gate = inputs[8], inputs[10]
     # The ranges move before a backward pass that comes late.
     ctx.save_for_backward(left, right, *((ranges.clone(), output[2]) if gate else ()))
     ctx.mark_non_differentiable(*output[1:])
@@ -102,7 +106,7 @@ def _backward(ctx: Any, *gradients: Any) -> Any:
     if gates:
         of_left = None if of_left is None else of_left.masked_fill(_outside(left, gates[0][0]), 0)
         of_right = None if of_right is None else of_right.masked_fill(_outside(right, gates[0][1]), 0)
-    return of_left, of_right, *([None] * 10)
+    return of_left, of_right, *([None] * 12)
 
 
 class _Product(torch.autograd.Function):
@@ -115,7 +119,9 @@ def _product_op(
     right: Tensor,
     ranges: Tensor,
     knobs: Tensor,
-    place: Sequence[Tensor],
+    key: Tensor | None,
+    row: Tensor | None,
+    vector: Tensor | None,
     strides: Sequence[int],
     linear: bool,
     lut_min: float | None,
@@ -124,12 +130,14 @@ def _product_op(
     observe: bool,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(left, right, ranges, knobs, place, strides, linear, lut_min, gate, quantiles, observe, exact)
+    return _forward(
+        left, right, ranges, knobs, key, row, vector, strides, linear, lut_min, gate, quantiles, observe, exact
+    )
 
 
 @_product_op.register_fake
 def _(left: Tensor, right: Tensor, ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    linear, gate = _[3], _[5]
+    linear, gate = _[5], _[7]
     y = left.new_empty(*left.shape[:-1], right.shape[0] if linear else right.shape[-1])
     return y, torch.empty_like(ranges), left.new_empty(y.shape if gate else 0, dtype=torch.bool)
 

@@ -31,12 +31,12 @@ class Observation(Calibration):
 
 
 class Ramp(Base):
-    """A training that begins with (nearly) exact arithmetic; evaluations are always at full strength."""
+    """A training that begins close to exact arithmetic; evaluations are always at full strength."""
 
     of: Literal["levels", "noise"] = Field(
         default="levels",
-        description="levels: their number falls geometrically from from_levels; noise: what rounding, clamping and "
-        "dither add to a value grows linearly from nothing",
+        description="levels: their number falls geometrically from from_levels, lut_min stays as it is; noise: what "
+        "rounding, clamping and dither add to a value grows linearly from nothing",
     )
     steps: int = Field(ge=1, description="optimizer steps after which the transform has its full strength")
     from_levels: Levels = Field(default=2**16, description="levels of everything in step 0, with of: levels")
