@@ -29,16 +29,16 @@ class LinearAtSite:
             input = load_input(functions, input)
         else:
             self.shared_input.check(input)
-        if functions.packed_store is not None:
+        if functions.multiplying_store is not None:
             return _by_device(functions, input, self.weight, lambda part, stored: self._multiply(part, stored), True)
         return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
 
     def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
-        """The product with a weight, or with the stored tensors of a packed one."""
-        packed, compute = self.functions_at_site.packed_store, self.functions_at_site.compute
+        """The product with a weight, or with the stored tensors of one that is not loaded."""
+        store, compute = self.functions_at_site.multiplying_store, self.functions_at_site.compute
         if isinstance(weight, dict):
-            assert packed is not None
-            return packed.multiply(weight, input, self.bias)
+            assert store is not None
+            return store.multiply(weight, input, self.bias)
         return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
 
 
@@ -111,13 +111,13 @@ class EmbeddingAtSite:
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
             )
-        packed = functions.packed_store
-        if packed is not None:  # only the rows that are asked for are decoded
+        store = functions.multiplying_store
+        if store is not None:  # only the rows that are asked for are decoded
             return _by_device(
                 functions,
                 input,
                 self.weight,
-                lambda ids, stored: packed.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                lambda ids, stored: store.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
                 True,
             )
         return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
@@ -151,15 +151,15 @@ class InnerAttentionAtSites:
 
 
 def _by_device(
-    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, packed: bool = False
+    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, as_stored: bool = False
 ) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its packed tensors."""
+    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its stored tensors."""
     if not functions.holds("weight"):
         return meet(operand, weight)
     stored = functions.encode(weight, "weight")
 
     def loaded(first_sequence: int) -> Any:
-        if packed:
+        if as_stored:
             return functions.faulty(stored, "weight", first_sequence)
         return functions.weight(stored, weight, "weight", first_sequence)
 
