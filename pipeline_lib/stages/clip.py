@@ -23,7 +23,8 @@ STATE, REPORT = "clip.safetensors", "clip.json"
 def run(job: Job) -> None:
     """Leave clip.safetensors (state by its name in the transformed model) and clip.json (each layer's figures).
 
-    Inputs: init (a checkpoint), tokenizer, and text: a dataset, or a teacher's records. Resumed layer by layer.
+    Inputs: init (a checkpoint), tokenizer, and text: a dataset, or a teacher's records. A search by layers is resumed
+    layer by layer; what is observed in passes is observed anew.
 
     Raises:
         UserError: no text, or nothing to calibrate.
@@ -33,7 +34,7 @@ def run(job: Job) -> None:
 
     from pipeline_lib.models.checkpoint import checkpoint_directory, load_model
     from pipeline_lib.transforms.apply import apply
-    from pipeline_lib.transforms.observe import calibrate
+    from pipeline_lib.transforms.observe import calibrate, observers
 
     if job.execution.get("threads"):
         torch.set_num_threads(int(job.execution["threads"]))
@@ -47,29 +48,62 @@ def run(job: Job) -> None:
             _observe(job, model, applied, kept, device)
         return load_file(kept)
 
-    state, figures = calibrate(applied, inputs, job.work / "layers", device)
+    if observers(applied):
+        state, figures = _watched(job, model.to(device), applied)
+    else:
+        state, figures = calibrate(applied, inputs, job.work / "layers", device)
     save_file(state, job.out / STATE)
     write_json(job.out / REPORT, {"result": {"layers": figures, "total": _total(figures)}})
 
 
-def _observe(job: Job, model: Any, applied: Applied, path: Path, device: torch.device) -> None:
-    """Run the exact model over the text and keep a sample of its layers' inputs, at once and durably."""
-    from safetensors.torch import save_file
-
+def _text(job: Job, model: Any) -> tuple[Any, list[torch.Tensor]]:
+    """How the transform is calibrated, and the sequences it is calibrated on."""
     from pipeline_lib.data.calibration import sequences
     from pipeline_lib.models.checkpoint import load_tokenizer
-    from pipeline_lib.transforms.observe import calibrated_functions, sampled_inputs
 
     given = job.settings["transform"][0]
     module = TRANSFORMS.load(given["type"])
     how = module.calibration(validate(module.Settings, given, f"transform {given['type']}"))
-    functions = calibrated_functions(applied)
     length = min(how.sequence, model.config.max_position_embeddings)
     tokens = sequences(
         job.inputs["text"], load_tokenizer(job.inputs["tokenizer"]),
         columns=how.columns,
         samples=how.samples, max_tokens=how.max_tokens, long=how.long, length=length, seed=how.seed,
     )  # fmt: skip
+    return how, tokens
+
+
+def _watched(
+    job: Job, model: Any, applied: Applied
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """Run the exact model over batches of the text; functions that observe choose their state."""
+    import torch
+
+    from pipeline_lib.transforms.observe import watch
+
+    how, tokens = _text(job, model)
+    firsts = range(0, len(tokens), how.batch_size)[: how.batches]
+    batches = [torch.stack(tokens[first : first + how.batch_size]) for first in firsts]
+    say(f"observing {sum(batch.numel() for batch in batches)} tokens in {len(batches)} batches")
+    with Progress("observe", len(batches), "batches") as progress:
+
+        def shown() -> Any:
+            for batch in batches:
+                yield batch
+                progress.update()
+
+        state = watch(applied, model, shown())
+    return state, {name: {"largest": value.abs().max().item()} for name, value in state.items()}
+
+
+def _observe(job: Job, model: Any, applied: Applied, path: Path, device: torch.device) -> None:
+    """Run the exact model over the text and keep a sample of its layers' inputs, at once and durably."""
+    from safetensors.torch import save_file
+
+    from pipeline_lib.transforms.observe import calibrated_functions, sampled_inputs
+
+    functions = calibrated_functions(applied)
+    how, tokens = _text(job, model)
     total = sum(len(sequence) for sequence in tokens)
     say(f"calibrating {len(functions)} layers on {total} tokens in {len(tokens)} sequences")
     layers = {name: layer for name, (layer, _) in functions.items()}

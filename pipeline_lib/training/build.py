@@ -97,14 +97,21 @@ def apply_transform(job: Job, model: nn.Module) -> Applied:
 
 
 def start_calibrated(job: Job, applied: Applied) -> None:
-    """Work what stage `clip` found into the weights that the training starts with, which must be there."""
+    """Work what stage `clip` found into the weights that the training starts with, which must be there.
+
+    Weights that were trained under such a transform bring what it observed.
+    """
+    from pipeline_lib.transforms.observe import absorb, load_calibrated, load_observed
+
     if "clip" in job.inputs:
         from safetensors.torch import load_file
 
-        from pipeline_lib.transforms.observe import absorb, load_calibrated
-
         load_calibrated(applied, load_file(job.inputs["clip"] / "clip.safetensors"))
         absorb(applied)
+    elif "init" in job.inputs:
+        from pipeline_lib.models.checkpoint import checkpoint_directory, load_transform
+
+        load_observed(applied, load_transform(checkpoint_directory(job.inputs["init"]))[1])
 
 
 def save_memory(model: Any, how: str) -> None:

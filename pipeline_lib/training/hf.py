@@ -259,8 +259,9 @@ class _Watch(TrainerCallback):
             raise not_finite(trainer.done_steps, trainer.last_loss, self.norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep weights in range."""
+        """Keep weights in range; transforms take over what they observed."""
         self.trainer.clip()
+        self.trainer.applied.settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log, save, stop."""

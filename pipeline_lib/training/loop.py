@@ -51,7 +51,7 @@ class Loop:
     Attributes:
         job, settings, hooks: what is trained, the recipe's settings, and its hooks.
         model: sharded when there are several ranks; parameters bear Hugging Face names.
-        context: the faults' bookkeeping.
+        applied, context: the transforms, and their faults' bookkeeping.
         clip: keeps weights in range; called after each optimizer step.
         optimizer: a hook may replace it (after a merge, for example).
         parameters: of the model and its transform, before a hook changed either.
@@ -73,8 +73,8 @@ class Loop:
         self.loader: Any = self.hooks.loader() or self._shards()
         self.model: Any = initial_model(job)
         self.hooks.adapt(self.model)
-        applied = apply_transform(job, self.model)
-        self.context, self.transform_report = applied.context, applied.report
+        self.applied = apply_transform(job, self.model)
+        self.context, self.transform_report = self.applied.context, self.applied.report
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.hooks.prepare(self)
         self._place()
@@ -184,6 +184,7 @@ class Loop:
         if take:
             self.optimizer.step()
             self.clip()
+        self.applied.settle()
         self.step += 1
         self.tokens += self.settings.tokens_per_step
         self.tail.add(self.step, self.loss)

@@ -78,6 +78,11 @@ class Applied:
         for transform in self.transforms:
             transform.prepare(self.model)
 
+    def settle(self) -> None:
+        """Take over what functions observed: after each optimizer step; all ranks call it."""
+        for transform in self.transforms:
+            transform.settle()
+
     def remove(self) -> None:
         """Make the model what it was before `apply`; weights stay as they are now."""
         while self._undo:
@@ -222,7 +227,7 @@ def _install(model: nn.Module, applied: Applied) -> None:
 
         if attention:
             applied.on_remove(use_sites(cast("PreTrainedModel", model)))
-        if any(functions.faults for _, functions in applied.at):
+        if any(functions.draws for _, functions in applied.at):
             applied.on_remove(follow_cache(cast("PreTrainedModel", model), applied.context))
 
 
@@ -293,4 +298,5 @@ def _attach_state(model: nn.Module, applied: Applied, module: nn.Module, parts: 
         raise RuntimeError(f"{type(module).__name__} has an attribute `{STATE}` of its own")
     near = next((p.device for owner in (module, model) for p in owner.parameters()), torch.device("cpu"))
     holder.to(near)
+    holder.train(module.training)
     _set(applied, module, STATE, holder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -85,11 +87,13 @@ class AttentionSites:
         groups = query_BHTD.shape[1] // key_BHTD.shape[1]
         if self.whole is not None:
             key_BHTD, value_BHTD = _share(key_BHTD, groups), _share(value_BHTD, groups)
-            return self.whole(query_BHTD, key_BHTD, value_BHTD, _attended(mask), scale, dropout), None
+            assert self.kv is not None
+            operands = (query_BHTD, key_BHTD, value_BHTD, _attended(mask), scale, dropout)
+            return self.kv.meet(*operands, **self._place(query_BHTD)), None
 
         left = _load(self.query_key, query_BHTD, "left", self.context.position)
         right = _share(_load(self.query_key, key_BHTD, "right", first_key), groups)
-        scores = _product(self.query_key, left, right.transpose(-1, -2)) * scale
+        scores = self._product(self.query_key, left, right.transpose(-1, -2)) * scale
         if mask is not None:
             lowest = torch.finfo(scores.dtype).min
             scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
@@ -98,7 +102,17 @@ class AttentionSites:
 
         left = self._load_probabilities(weights, mask)
         right = _share(_load(self.attention_value, value_BHTD, "right", first_key), groups)
-        return _product(self.attention_value, left, right), weights
+        return self._product(self.attention_value, left, right), weights
+
+    def _product(self, functions: SiteFunctions | None, left_BHQK: Tensor, right_BHKM: Tensor) -> Tensor:
+        if functions is None or functions.compute is None:
+            return left_BHQK @ right_BHKM
+        return functions.meet(left_BHQK, right_BHKM, **self._place(left_BHQK))
+
+    def _place(self, left_BHQK: Tensor) -> dict[str, Any]:
+        """Of a result [B, heads, queries, …]: the vector of (query, head) is query · heads + head, however many keys."""
+        heads = left_BHQK.shape[1]
+        return {"first_vector": self.context.position * heads, "strides": (1, heads)}
 
     def _load_probabilities(self, weights_BHQK: Tensor, mask: Tensor | None) -> Tensor:
         functions = self.attention_value
@@ -120,11 +134,6 @@ def _load(functions: SiteFunctions | None, tensor_BHTD: Tensor, role: str, first
     if functions is None or not functions.holds(role):
         return tensor_BHTD
     return functions.activation(tensor_BHTD.transpose(1, 2), role, first_position).transpose(1, 2)
-
-
-def _product(functions: SiteFunctions | None, left: Tensor, right: Tensor) -> Tensor:
-    compute = functions.compute if functions else None
-    return left @ right if compute is None else compute(left, right)
 
 
 def _share(tensor_BHTD: Tensor, groups: int) -> Tensor:

@@ -54,12 +54,17 @@ class Draw(NamedTuple):
             decoding token by token).
         chip: 0-d int64, the stream of (chip seed, site, role, stored part, entry): the same at every step, for what is
             drawn once. None unless the fault has a `chip_seed`.
+        step: 0-d int64, the optimizer step; 0 in evaluation. None for faults.
+        strides: None for faults. The draw of a compute counts its result [rows, …, features] in vectors of features:
+            result[i, j, …] is vector `first_element` + j·strides[0] + … of row `first_row` + i.
     """
 
     key: Tensor
     first_row: Tensor
     first_element: Tensor
     chip: Tensor | None = None
+    step: Tensor | None = None
+    strides: tuple[int, ...] | None = None
 
 
 class Rows(Protocol):
@@ -82,10 +87,15 @@ class Function:
     Attributes:
         roles: of the site's operands, those it acts on.
         calibrated: `calibrate` chooses state of a linear site from the layer's inputs.
+        observes: the function, a module, has state that it chooses from what it sees in passes; `Transform.settle`
+            takes it over.
+        observing: set while a calibration runs the exact model: observe, and compute exactly.
     """
 
     roles: frozenset[str] = frozenset()
     calibrated: bool = False
+    observes: bool = False
+    observing: bool = False
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
         """Initialise state, once the model has left the meta device.
@@ -204,7 +214,12 @@ class Compute(Function, ABC):
         embedding: (ids [...], weight [rows, features]) -> [..., features]
         kv: (query, key, value [sequences, heads, positions, features], mask (True = attend) or None, scale, dropout)
             -> attention output in the shape of the query
+
+    Attributes:
+        random: it is called with the keyword `draw` as well, which says where the randomness of its result comes from.
     """
+
+    random: bool = False
 
     @abstractmethod
     def __call__(self, *operands: Any) -> Tensor:
@@ -240,3 +255,6 @@ class Transform:
 
     def prepare(self, model: nn.Module) -> None:
         """Called once on the whole model after its weights are there and every function is prepared."""
+
+    def settle(self) -> None:
+        """Take over what functions observed since the last call; after each optimizer step, on all ranks alike."""

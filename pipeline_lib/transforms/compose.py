@@ -63,6 +63,8 @@ class SiteFunctions:
             for role in sorted(fault.roles)
             for part in self._exposed(role)
         }
+        drawing = next((index for index, function in functions if isinstance(function, Compute) and function.random), None)
+        self._result = None if drawing is None else context.stream(site.name, f"result/{drawing}")
 
     def stateful(self) -> dict[str, nn.Module]:
         """The functions that have state, by the name under which their module holds it."""
@@ -94,6 +96,11 @@ class SiteFunctions:
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""
         return any(role in fault.roles for _, fault in self.faults)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything here depends on where in its sequences a pass stands."""
+        return bool(self.faults) or self._result is not None
 
     def one_memory(self) -> list[tuple[int, str | None]]:
         """What happens to an input that lies in one memory for several linear layers; empty if it does not."""
@@ -180,6 +187,21 @@ class SiteFunctions:
             draw = self.context.weight(self._streams[index, role, part], tensor, first_sequence)
             faulty[part] = fault(tensor, role, draw).squeeze(0)
         return faulty
+
+    def meet(
+        self, *operands: Any, first_vector: Tensor | int = 0, strides: tuple[int, ...] = (), first_sequence: int = 0
+    ) -> Tensor:
+        """What the compute makes of the operands.
+
+        Args:
+            first_vector, strides: see `Draw.strides`.
+            first_sequence: of the operands in the batch.
+        """
+        assert self.compute is not None
+        if self._result is None:
+            return self.compute(*operands)
+        draw = self.context.result(self._result, operands[0], first_vector, strides, first_sequence)
+        return self.compute(*operands, draw=draw)
 
     def encode(self, value: Tensor | None, role: str) -> dict[str, Tensor]:
         """The stored tensors of an operand; {"value": value} where nothing stores it."""

@@ -129,6 +129,14 @@ class FaultContext:
         first = torch.as_tensor(first_element, dtype=torch.int64, device=self.step.device)
         return _on(Draw(self._key(stream), self.first_sequence, first, self._chip_keys.get(stream)), like.device)
 
+    def result(
+        self, stream: int, like: Tensor, first_vector: Tensor | int, strides: tuple[int, ...], first_sequence: int = 0
+    ) -> Draw:
+        """The draw of what a compute makes of operands like `like`, from sequence `first_sequence` of the batch on."""
+        first = torch.as_tensor(first_vector, dtype=torch.int64, device=self.step.device)
+        row = self.first_sequence + first_sequence
+        return _on(Draw(self._key(stream), row, first, None, self.step, strides), like.device)
+
     def weight(self, stream: int, like: Tensor, first_sequence: int = 0) -> Draw:
         """The draw of a weight [1, …] for the virtual device of a sequence of the batch."""
         if self.fault_devices == 1:
@@ -148,4 +156,5 @@ class FaultContext:
 def _on(draw: Draw, device: torch.device) -> Draw:
     if draw.key.device == device or device.type == "meta":
         return draw
-    return Draw(*(None if tensor is None else tensor.to(device) for tensor in draw))  # type: ignore[arg-type]
+    moved = {name: value.to(device) for name, value in draw._asdict().items() if isinstance(value, Tensor)}
+    return draw._replace(**moved)

@@ -81,11 +81,11 @@ class LinearWithAdapter:
         assert self.weight is not None
         return self._multiply(input, self.weight)
 
-    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor], first_sequence: int = 0) -> Tensor:
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(input.device.type):
             weight = weight.to(input.dtype)  # a frozen weight may be held in half precision
         if hasattr(self, "functions_at_site"):
-            own: Tensor = super()._multiply(input, weight)  # type: ignore[misc]
+            own: Tensor = super()._multiply(input, weight, first_sequence)  # type: ignore[misc]
         else:
             assert isinstance(weight, Tensor)
             own = F.linear(input, weight, self.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -30,25 +31,39 @@ class LinearAtSite:
         else:
             self.shared_input.check(input)
         if functions.multiplying_store is not None:
-            return _by_device(functions, input, self.weight, lambda part, stored: self._multiply(part, stored), True)
-        return _by_device(functions, input, self.weight, lambda part, weight: self._multiply(part, weight))
+            return _by_device(functions, input, self.weight, self._multiply, True)
+        return _by_device(functions, input, self.weight, self._multiply)
 
-    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor]) -> Tensor:
+    def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor], first_sequence: int = 0) -> Tensor:
         """The product with a weight, or with the stored tensors of one that is not loaded."""
-        store, compute = self.functions_at_site.multiplying_store, self.functions_at_site.compute
+        functions = self.functions_at_site
         if isinstance(weight, dict):
-            assert store is not None
-            return store.multiply(weight, input, self.bias)
-        return F.linear(input, weight, self.bias) if compute is None else compute(input, weight, self.bias)
+            assert functions.multiplying_store is not None
+            return functions.multiplying_store.multiply(weight, input, self.bias)
+        if functions.compute is None:
+            return F.linear(input, weight, self.bias)
+        return functions.meet(input, weight, self.bias, **_place(functions, input), first_sequence=first_sequence)
 
 
 def load_input(functions: SiteFunctions, input: Tensor) -> Tensor:
     """The input of a linear layer as the layer reads it."""
+    return functions.activation(input, "input", first_position(functions, input))
+
+
+def first_position(functions: SiteFunctions, input: Tensor) -> Tensor:
+    """The position of input[:, 0]."""
     context = functions.context
-    first = context.position
     if context.tokens is not None and input.ndim > 2:
-        first = first + (context.tokens - input.shape[1])  # a head that sees the last tokens only
-    return functions.activation(input, "input", first)
+        return context.position + (context.tokens - input.shape[1])  # a head that sees the last tokens only
+    return context.position
+
+
+def _place(functions: SiteFunctions, input: Tensor) -> dict[str, Any]:
+    """Where the result of [sequences, positions, …, features] or [sequences, features] lies; see `Draw.strides`."""
+    if input.ndim < 3:
+        return {}
+    strides = [prod(input.shape[axis + 1 : -1]) for axis in range(1, input.ndim - 1)]
+    return {"first_vector": first_position(functions, input) * strides[0], "strides": tuple(strides)}
 
 
 class SharedInput:
@@ -117,14 +132,17 @@ class EmbeddingAtSite:
                 functions,
                 input,
                 self.weight,
-                lambda ids, stored: store.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                lambda ids, stored, _: store.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
                 True,
             )
-        return _by_device(functions, input, self.weight, lambda part, weight: self._look_up(part, weight))
+        return _by_device(functions, input, self.weight, self._look_up)
 
-    def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
-        compute = self.functions_at_site.compute
-        return F.embedding(ids, weight, self.padding_idx) if compute is None else compute(ids, weight)
+    def _look_up(self, ids: Tensor, weight: Tensor, first_sequence: int) -> Tensor:
+        functions = self.functions_at_site
+        if functions.compute is None:
+            return F.embedding(ids, weight, self.padding_idx)
+        first = {"first_vector": functions.context.position, "first_sequence": first_sequence}
+        return functions.meet(ids, weight, strides=(1,) * (ids.ndim - 1), **first)
 
 
 class InnerAttentionAtSites:
@@ -153,9 +171,12 @@ class InnerAttentionAtSites:
 def _by_device(
     functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, as_stored: bool = False
 ) -> Tensor:
-    """`meet(operand, weight)` with the weight each sequence's virtual device loads, or with its stored tensors."""
+    """`meet(operand, weight, first_sequence)` with the weight each sequence's virtual device loads, or its stored tensors.
+
+    `operand` is the part of the batch that begins with sequence `first_sequence` of it.
+    """
     if not functions.holds("weight"):
-        return meet(operand, weight)
+        return meet(operand, weight, 0)
     stored = functions.encode(weight, "weight")
 
     def loaded(first_sequence: int) -> Any:
@@ -165,9 +186,10 @@ def _by_device(
 
     pieces = functions.context.pieces(operand.shape[0]) if functions.is_faulty("weight") else 1
     if pieces == 1:
-        return meet(operand, loaded(0))
+        return meet(operand, loaded(0), 0)
     size = operand.shape[0] // pieces
-    return torch.cat([meet(part, loaded(index * size)) for index, part in enumerate(operand.split(size))])
+    parts = enumerate(operand.split(size))
+    return torch.cat([meet(part, loaded(index * size), index * size) for index, part in parts])
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

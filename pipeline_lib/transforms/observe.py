@@ -1,4 +1,4 @@
-"""What the linear layers of a model see, and state that is chosen from it."""
+"""What the layers of a model see, and state that is chosen from it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,92 @@ from pipeline_lib.artifacts.files import read_json, sha256_file, write_json
 from pipeline_lib.artifacts.progress import Progress, say
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.transforms.apply import STATE, Applied
-from pipeline_lib.transforms.base import Function
+from pipeline_lib.transforms.base import Function, Site
 from pipeline_lib.transforms.state import assign, whole
 
 
 def calibrated_functions(applied: Applied) -> dict[str, tuple[nn.Module, Function]]:
-    """`<site>.transform.<function>` → (module, function) of all that are calibrated."""
+    """`<site>.transform.<function>` → (module, function) of all that are calibrated from a layer's inputs."""
+    return _functions(applied, "calibrated")
+
+
+def observers(applied: Applied) -> dict[str, tuple[nn.Module, Function]]:
+    """The same for functions that observe passes."""
+    return _functions(applied, "observes")
+
+
+def _functions(applied: Applied, which: str) -> dict[str, tuple[nn.Module, Function]]:
     return {
-        f"{found.site.name}.{STATE}.{name}": (found.module, function)  # type: ignore[dict-item]
+        _state_name(found.site, name): (found.module, function)  # type: ignore[dict-item]
         for found, functions in applied.at
         for name, function in functions.stateful().items()
-        if getattr(function, "calibrated", False)
+        if getattr(function, which, False)
     }
+
+
+def _state_name(site: Site, function: str) -> str:
+    """The prefix of a function's state in the model: attention holds that of its sites, by their last name."""
+    if site.shape:
+        return f"{site.name}.{STATE}.{function}"
+    around, _, part = site.name.rpartition(".")
+    return f"{around}.{STATE}.{part}.{function}"
+
+
+@torch.no_grad()
+def watch(applied: Applied, model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Let functions choose their state from passes of the exact model; other functions stay as they are.
+
+    Args:
+        batches: token ids [sequences, positions], each settled like a training step.
+
+    Returns:
+        All state of the functions by its name in the model, on the CPU.
+
+    Raises:
+        UserError: there is no such function, or no batch.
+    """
+    functions = observers(applied)
+    if not functions:
+        raise _nothing_to_calibrate(applied)
+    device = next(model.parameters()).device
+    done = 0
+    for _, function in functions.values():
+        function.observing = True
+    try:
+        for done, tokens_BT in enumerate(batches, 1):
+            applied.context.begin(done - 1, 0)
+            model(input_ids=tokens_BT.to(device))
+            applied.settle()
+    finally:
+        for _, function in functions.values():
+            function.observing = False
+    if not done:
+        raise UserError("the calibration has no batch", where="transform", fix="give it a dataset with text")
+    return {name: tensor.detach().cpu().clone() for name, tensor in _states(functions).items()}
+
+
+def load_observed(applied: Applied, state: Mapping[str, Tensor]) -> None:
+    """Give functions that observe what those of the same name and shape saw in the weights' own training."""
+    for name, tensor in _states(observers(applied)).items():
+        if name in state and state[name].shape == tensor.shape:
+            assign(tensor, state[name])
+
+
+def _states(functions: Mapping[str, tuple[nn.Module, Function]]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, (_, function) in functions.items()
+        for key, tensor in getattr(function, "state_dict")(keep_vars=True).items()  # noqa: B009 - they are modules
+    }
+
+
+def _nothing_to_calibrate(applied: Applied) -> UserError:
+    return UserError(
+        "the calibration has no layer to act on",
+        where="transform",
+        value=[entry["type"] for entry in applied.entries],
+        fix="let it act on a linear layer, or switch the calibration off",
+    )
 
 
 @torch.no_grad()
@@ -88,12 +162,7 @@ def calibrate(
     """
     functions = calibrated_functions(applied)
     if not functions:
-        raise UserError(
-            "the calibration has no layer to act on",
-            where="transform",
-            value=[entry["type"] for entry in applied.entries],
-            fix="let it act on a linear layer, or switch the calibration off",
-        )
+        raise _nothing_to_calibrate(applied)
     state: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
     todo: list[str] = []
@@ -125,10 +194,7 @@ def load_calibrated(applied: Applied, state: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: it is that of other layers or shapes.
     """
-    own: dict[str, Tensor] = {}
-    for name, (_, function) in calibrated_functions(applied).items():
-        tensors = getattr(function, "state_dict")(keep_vars=True)  # noqa: B009 - functions with state are modules
-        own |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    own = _states({**calibrated_functions(applied), **observers(applied)})
     wrong = sorted(name for name in state if name not in own or own[name].shape != state[name].shape)
     if wrong or not state:
         raise UserError(

@@ -89,6 +89,7 @@ class TitanTrainer(Trainer):
         self._grad_norm = clip_grad_norm_(self._parameters, recipe.max_norm, foreach=True)
         self.optimizers.step()
         self.clip()
+        self.applied.settle()
         self.lr_schedulers.step()
         fine = torch.isfinite(loss) & torch.isfinite(self._grad_norm)
         self._bad_step = torch.where(fine, self._bad_step, self._bad_step.clamp(max=step))
