@@ -78,6 +78,28 @@ def test_points_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert node.inputs["00000"].settings["fault_seeds"] == [0], "without flips nothing is random"
 
 
+def test_trainings_that_may_diverge_say_whether_they_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are inputs of the sweep and of what Snakemake waits for; other sweeps are as they were."""
+    from pipeline_lib.stages import wiring
+
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path / "data")
+    config = copy.deepcopy(TINY)
+    tuned = {"finetune": {"steps": 2, "global_batch": 4, "seq_len": 16, "on_divergence": "keep"}}
+    config["experiments"]["tuned"] = {"from": "plain-tiny", "recipe": tuned}
+    rates = {"experiment": "tuned", "task": "words", "grid": {"recipe.finetune.lr": [1e-3, 1e-2]}}
+    config["sweeps"] = {"s": rates, "stops": {**rates, "settings": {"recipe.finetune.on_divergence": "stop"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    loaded = Plan.load()
+    node = loaded.sweep("s")
+    assert list(node.inputs) == ["00000", "train-00000", "00001", "train-00001"]
+    assert node.inputs["train-00001"].settings["recipe"]["lr"] == 1e-2
+    assert node.inputs["train-00001"].path == node.inputs["00001"].inputs["checkpoint"].inputs["train"].path
+    waited = wiring.inputs(loaded, "sweep", node.id)
+    assert {f"{node.inputs[f'train-0000{i}'].path}/manifest.json" for i in (0, 1)} <= set(waited)
+    assert list(loaded.sweep("stops").inputs) == ["00000", "00001"]
+
+
 def test_unknown_settings_and_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = plan(tmp_path, monkeypatch, grid={"p": [0.1]}, settings={"transform.bitflip.wieght.p": "{p}"})
     with pytest.raises(UserError, match=r"sweeps\.s\.settings(.|\n)*no such setting(.|\n)*weight"):
