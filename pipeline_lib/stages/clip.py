@@ -39,7 +39,7 @@ def run(job: Job) -> None:
     if job.execution.get("threads"):
         torch.set_num_threads(int(job.execution["threads"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(checkpoint_directory(job.inputs["init"]), "float32")
+    model: Any = load_model(checkpoint_directory(job.inputs["init"]), "float32")
     applied = apply(model, job.settings["transform"], seed=0)
     kept = job.work / "inputs.safetensors"
 
@@ -73,9 +73,7 @@ def _text(job: Job, model: Any) -> tuple[Any, list[torch.Tensor]]:
     return how, tokens
 
 
-def _watched(
-    job: Job, model: Any, applied: Applied
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+def _watched(job: Job, model: Any, applied: Applied) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Run the exact model over batches of the text; functions that observe choose their state."""
     import torch
 

@@ -110,7 +110,7 @@ class AttentionSites:
         return functions.meet(left_BHQK, right_BHKM, **self._place(left_BHQK))
 
     def _place(self, left_BHQK: Tensor) -> dict[str, Any]:
-        """Of a result [B, heads, queries, …]: the vector of (query, head) is query · heads + head, however many keys."""
+        """Of a result [B, heads, queries, …]: that of (query, head) is vector query · heads + head."""
         heads = left_BHQK.shape[1]
         return {"first_vector": self.context.position * heads, "strides": (1, heads)}
 

@@ -222,7 +222,7 @@ class Compute(Function, ABC):
     random: bool = False
 
     @abstractmethod
-    def __call__(self, *operands: Any) -> Tensor:
+    def __call__(self, *operands: Any, **draw: Draw) -> Tensor:
         """The result of the operation."""
 
 

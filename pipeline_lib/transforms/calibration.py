@@ -10,7 +10,7 @@ from pipeline_lib.config.base import Settings
 
 
 class Calibration(Settings):
-    """The text over which stage `clip` runs the exact model, and how much it keeps of what the layers see.
+    """The text over which stage `clip` runs the exact model.
 
     A transform's module has `calibration(settings)`, which gives one of these or None.
     """
@@ -29,5 +29,4 @@ class Calibration(Settings):
     sequence: int = Field(
         default=1024, ge=1, description="tokens of a forward pass; at most the positions that the model has"
     )
-    tokens: int = Field(default=512, ge=1, description="about how many tokens' inputs of each layer are kept")
     seed: int = Field(default=42, description="of the order of texts")

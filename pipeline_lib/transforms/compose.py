@@ -63,7 +63,9 @@ class SiteFunctions:
             for role in sorted(fault.roles)
             for part in self._exposed(role)
         }
-        drawing = next((index for index, function in functions if isinstance(function, Compute) and function.random), None)
+        drawing = next(
+            (index for index, function in functions if isinstance(function, Compute) and function.random), None
+        )
         self._result = None if drawing is None else context.stream(site.name, f"result/{drawing}")
 
     def stateful(self) -> dict[str, nn.Module]:

@@ -20,6 +20,7 @@ Bits = Literal[16, 8, 4]
 class Clip(Calibration):
     """The search for the range of each group, and the text it is done on."""
 
+    tokens: int = Field(default=512, ge=1, description="about how many tokens' inputs of each layer are kept")
     grid: int = Field(
         default=20, ge=1, description="steps between shrinking a side of the range by nothing and to nothing"
     )

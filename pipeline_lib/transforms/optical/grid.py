@@ -6,12 +6,13 @@ With range [m, M], S steps between its levels and noise d, in fp32 and in this o
     y = u · ((M − m) / S) + m
 
 (Anderson et al., 2023, arXiv 2302.10360, appendix on the quantised simulation; zero is in general no level.) With a
-look-up table whose smallest magnitudes are l·|M| above and l·|m| below zero, y in (0, l·M) becomes l·M and y in (−l·|m|,
-0) becomes −l·|m|; exact zeros stay. A range that is not known yet (m > M) changes nothing; one of no width gives m.
+look-up table whose smallest magnitudes are l·|M| above and l·|m| below zero, y in (0, l·M) becomes l·M and y in
+(−l·|m|, 0) becomes −l·|m|; exact zeros stay. A range that is not known yet (m > M) changes nothing; one of no width
+gives m.
 
-The noise of an element is (h + ½)/2¹⁶ − ½ with h of 16 random bits: it has mean zero, and no tie is ever drawn. h is half
-word f mod 8 (lower halves first) of Philox4x32-10 at counter (⌊f/8⌋, vector, row, tag) under the draw's key, f being the
-element's place in its vector; see `Draw`.
+The noise of an element is (h + ½)/2¹⁶ − ½ with h of 16 random bits: it has mean zero, and no tie is ever drawn. h is
+half word f mod 8 (lower halves first) of Philox4x32-10 at counter (⌊f/8⌋, vector, row, tag) under the draw's key, f
+being the element's place in its vector; see `Draw`.
 """
 
 from __future__ import annotations

@@ -124,9 +124,7 @@ def _product_op(
     observe: bool,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(
-        left, right, ranges, knobs, place, strides, linear, lut_min, gate, quantiles, observe, exact
-    )
+    return _forward(left, right, ranges, knobs, place, strides, linear, lut_min, gate, quantiles, observe, exact)
 
 
 @_product_op.register_fake

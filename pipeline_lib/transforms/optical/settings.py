@@ -23,6 +23,7 @@ class Observation(Calibration):
     The samples, one after the other, fill the sequences; a batch is smoothed like a training step.
     """
 
+    samples: int = Field(default=512, ge=1, description="texts at most, the first of the dataset in seeded order")
     batches: int = Field(
         default=16, ge=1, description="batches of the text that are looked at, at most; each moves the ranges once"
     )
