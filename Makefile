@@ -32,7 +32,7 @@ clean:
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
 BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu int2_cpu int2_block ternary_cpu
-STUDIES := study-robustness study-kills study-defences study-flips study-int2 study-relora
+STUDIES := study-robustness study-kills study-defences study-flips study-int2 study-relora study-optical
 
 .PHONY: bench chaos $(STUDIES)
 

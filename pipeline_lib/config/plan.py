@@ -128,6 +128,8 @@ class Plan:
             arms = self.resolver.arms(exp, sweep.task)
             inputs[f"{index:05}"] = arms.get("transformed", arms["clean"])
             clean[arms["clean"].path] = arms["clean"]
+            if getattr(exp.recipe, "on_divergence", "stop") == "keep":  # its result says whether it diverged
+                inputs[f"train-{index:05}"] = self.resolver.train(exp)
         if self._endings(sweep.task) and len(clean) == 1:  # the arm that readable files show beside the points
             inputs["clean"] = next(iter(clean.values()))
         settings: dict[str, Any] = {"columns": columns, "rows": rows, "metrics": None}

@@ -27,15 +27,21 @@ def sweep_pictures(table: SweepTable, metric: str, name: str) -> list[Picture]:
 
 
 def sweep_curve(table: SweepTable, metric: str, name: str) -> Picture:
-    """A metric over the first axis, a curve for each value of the second, a panel for each point of the others."""
+    """A metric over the first axis, a curve for each value of the second, a panel for each point of the others.
+
+    A point whose training diverged is a cross at the upper edge, whatever it scored, and no part of its curve.
+    """
     panels = _panels(table)
     drawn, grid = _grid(len(panels), 4.2 if len(panels) == 1 else 3.4)
     ticks = _ordered(values[0] for values, _ in table.points)
-    wide = _is_wide([metrics[metric].mean for _, metrics in table.points])
+    gone = _diverged(table)
+    wide = _is_wide([metrics[metric].mean for values, metrics in table.points if _key(values) not in gone])
     for axes, (rest, points) in zip(grid, panels, strict=False):
         lines = _ordered(values[1] for values, _ in points) if len(table.axes) > 1 else [None]
         for index, line in enumerate(lines):
-            at = {_key(v[0]): m[metric] for v, m in points if len(v) == 1 or _key(v[1]) == _key(line)}
+            own = [(v, m) for v, m in points if len(v) == 1 or _key(v[1]) == _key(line)]
+            at = {_key(v[0]): m[metric] for v, m in own if _key(v) not in gone}
+            crosses = {_key(v[0]) for v, _ in own if _key(v) in gone}
             x = [i for i, tick in enumerate(ticks) if _key(tick) in at]
             found = [at[_key(ticks[i])] for i in x]
             legend = point_name(table.axes[1:2], [line]) if len(table.axes) > 1 else None
@@ -44,6 +50,7 @@ def sweep_curve(table: SweepTable, metric: str, name: str) -> Picture:
             axes.errorbar(
                 x, [m.mean for m in found], errors, label=legend, color=colour, marker="o", markersize=4, capsize=3
             )
+            _crosses(axes, [i for i, tick in enumerate(ticks) if _key(tick) in crosses], index, colour)
         axes.set_xticks(range(len(ticks)), [label(tick) for tick in ticks])
         if wide:
             axes.set_yscale("log")
@@ -52,7 +59,8 @@ def sweep_curve(table: SweepTable, metric: str, name: str) -> Picture:
     if len(table.axes) > 1:
         grid[0].legend(frameon=False, labelcolor=INK, fontsize=8)
     scale = ", logarithmic axis" if wide else ""
-    return picture(drawn, name, f"{metric} over {_over(table, 1)}; whiskers are ± 1 standard error{scale}.")
+    marks = "; a cross is a training that diverged" if gone else ""
+    return picture(drawn, name, f"{metric} over {_over(table, 1)}; whiskers are ± 1 standard error{scale}{marks}.")
 
 
 def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
@@ -61,14 +69,19 @@ def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
 
     panels = _panels(table)
     columns, rows = (_ordered(values[axis] for values, _ in table.points) for axis in (0, 1))
-    means = [metrics[metric].mean for _, metrics in table.points]
+    gone = _diverged(table)
+    means = [metrics[metric].mean for values, metrics in table.points if _key(values) not in gone]
     finite, wide = [value for value in means if math.isfinite(value)] or [1.0], _is_wide(means)
     low, high = min(finite), max(finite)
     scale = (LogNorm if wide else Normalize)(low, high if high > low else low + 1)
     drawn, grid = _grid(len(panels), max(2.4, 1.0 + 0.46 * len(rows)))
     colours = _map()
     for axes, (rest, points) in zip(grid, panels, strict=False):
-        at = {(_key(values[0]), _key(values[1])): metrics[metric].mean for values, metrics in points}
+        at = {
+            (_key(values[0]), _key(values[1])): math.inf if _key(values) in gone else metrics[metric].mean
+            for values, metrics in points
+        }
+        lost = {(_key(values[0]), _key(values[1])) for values, _ in points if _key(values) in gone}
         for i, column in enumerate(columns):
             for j, row in enumerate(rows):
                 value = at.get((_key(column), _key(row)))
@@ -77,7 +90,8 @@ def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
                 share = float(scale(value)) if math.isfinite(value) else 1.0
                 axes.add_patch(_rectangle(i, j, colours(share)))
                 ink = "#ffffff" if share > 0.4 else "#141414"
-                axes.text(i, j, number(value, 3), ha="center", va="center", fontsize=8, color=ink)
+                said = "diverged" if (_key(column), _key(row)) in lost else number(value, 3)
+                axes.text(i, j, said, ha="center", va="center", fontsize=8, color=ink)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xticks(range(len(columns)), [label(value) for value in columns])
@@ -87,6 +101,23 @@ def sweep_map(table: SweepTable, metric: str, name: str) -> Picture:
     drawn.suptitle(metric, fontsize=11, color=INK, x=0.01, ha="left")
     colour = "logarithmic colours" if wide else "linear colours"
     return picture(drawn, name, f"{metric} over {_over(table, 2)}, {colour}.")
+
+
+def _diverged(table: SweepTable) -> set[str]:
+    """The points whose training diverged, by `_key` of their values."""
+    marks = table.diverged or [False] * len(table.points)
+    return {_key(values) for (values, _), mark in zip(table.points, marks, strict=True) if mark}
+
+
+def _crosses(axes: Any, x: list[int], row: int, colour: str) -> None:
+    """A cross for each diverged point, at the upper edge; those of each curve in a row of their own."""
+    if not x:
+        return
+    height = 0.96 - 0.05 * row
+    axes.plot(x, [height] * len(x), "x", color=colour, markersize=8, transform=axes.get_xaxis_transform())
+    for at in x:
+        place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "center"}
+        axes.annotate("diverged", (at, height), (8, 0), fontsize=8, color=INK, **place)
 
 
 def _panels(table: SweepTable) -> list[tuple[list[Any], list[Any]]]:

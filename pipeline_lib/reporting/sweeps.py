@@ -14,6 +14,8 @@ from pipeline_lib.config.errors import UserError, closest
 from pipeline_lib.reporting.numbers import Measured, label, main_metric
 from pipeline_lib.reporting.tables import to_csv
 
+DIVERGED = "diverged"  # a column
+
 
 @dataclass(frozen=True)
 class SweepTable:
@@ -22,26 +24,29 @@ class SweepTable:
     Attributes:
         points: of each, the values of `axes` (JSON values) and the metrics.
         metric: the one that pictures show, if it was chosen.
+        diverged: of each point whether its training diverged; None where that ends in an error.
     """
 
     axes: list[str]
     metrics: list[str]
     points: list[tuple[list[Any], dict[str, Measured]]]
     metric: str | None = None
+    diverged: list[bool] | None = None
 
     def main_metric(self, favourites: Sequence[str] = ()) -> str:
         """The metric that pictures show: the chosen one, else one of `favourites`, else the usual one."""
         return self.metric or main_metric(self.metrics, favourites)
 
     def csv(self) -> str:
-        """Axis columns, then `<metric>`, `<metric>_stderr`, `<metric>_n` for each metric."""
+        """Axis columns, then `<metric>`, `<metric>_stderr`, `<metric>_n` for each metric, then `diverged` if known."""
         header = [*self.axes, *(f"{name}{end}" for name in self.metrics for end in ("", "_stderr", "_n"))]
-        lines: list[list[Any]] = [header]
-        for values, metrics in self.points:
+        marks = [[]] * len(self.points) if self.diverged is None else [[json.dumps(mark)] for mark in self.diverged]
+        lines: list[list[Any]] = [header if self.diverged is None else [*header, DIVERGED]]
+        for (values, metrics), mark in zip(self.points, marks, strict=True):
             figures = [
                 part for name in self.metrics for part in (metrics[name].mean, metrics[name].stderr, metrics[name].n)
             ]
-            lines.append([*map(_plain, values), *figures])
+            lines.append([*map(_plain, values), *figures, *mark])
         return to_csv(lines)
 
 
@@ -51,6 +56,7 @@ def make_sweep(
     arms: Sequence[dict[str, Any]],
     metrics: Sequence[str] | None = None,
     metric: str | None = None,
+    diverged: list[bool] | None = None,
 ) -> SweepTable:
     """The table of a sweep.
 
@@ -60,6 +66,7 @@ def make_sweep(
         arms: `result` of each point's evaluation.
         metrics: the metrics to keep; None = all.
         metric: the one that pictures show; None = the usual one.
+        diverged: see `SweepTable`.
 
     Raises:
         UserError: the points are of different tasks, or have no such metric.
@@ -76,7 +83,7 @@ def make_sweep(
         (list(values), {name: _over_seeds(arm["metrics"][name]) for name in chosen})
         for values, arm in zip(rows, arms, strict=True)
     ]
-    return SweepTable(list(columns), chosen, points, metric)
+    return SweepTable(list(columns), chosen, points, metric, diverged)
 
 
 def read_sweep(text: str, metric: str | None = None) -> SweepTable:
@@ -95,7 +102,8 @@ def read_sweep(text: str, metric: str | None = None) -> SweepTable:
             for name in metrics
         }
         points.append(([_value(cell[axis]) for axis in axes], figures))
-    return SweepTable(axes, metrics, points, metric)
+    diverged = [line[-1] == "true" for line in lines] if header[-1] == DIVERGED else None
+    return SweepTable(axes, metrics, points, metric, diverged)
 
 
 def point_name(axes: Sequence[str], values: Sequence[Any]) -> str:

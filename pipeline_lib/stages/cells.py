@@ -19,7 +19,7 @@ def make_missing_cells(spec: dict[str, Any], threads: int | None) -> int:
     keeps the checkpoint of the last cell in memory; cells are taken checkpoint by checkpoint, first the clean one that
     others are compared with.
     """
-    ids = dict.fromkeys(entry["id"] for entry in spec["inputs"].values())
+    ids = dict.fromkeys(entry["id"] for entry in spec["inputs"].values() if entry["stage"] == "evaluate")
     missing = [node_id for node_id in ids if not (STORE / "evaluate" / node_id / MANIFEST).exists()]
     with Progress("sweep", len(ids), "cells", done=len(ids) - len(missing)) as progress:
         for node_id in sorted(missing, key=_order):

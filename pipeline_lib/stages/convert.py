@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
+from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -172,6 +173,9 @@ def _compare_logits(job: Job, model: PreTrainedModel, path: Path, tolerance: flo
     from safetensors.torch import load_file
 
     check = load_file(path)
+    if not check["logits"].isfinite().all():
+        say(f"{job.label}: the training diverged, its logits are no numbers: there is nothing to compare")
+        return
     with torch.no_grad():
         logits_BTV = model(check["tokens"]).logits.float()
     difference = (logits_BTV - check["logits"]).abs().max().item()

@@ -12,12 +12,13 @@ from pipeline_lib.reporting.sweeps import make_sweep, point_name
 def run(job: Job) -> None:
     """Collect the evaluate artifacts `00000`, `00001`, … into table.csv, in the order of `settings.rows`.
 
-    Beside it lie its picture, table.svg and table.png, and the readable files of a task whose runs leave records.
+    Trainings `train-00000`, … say whether a point diverged. Beside it lie its picture, table.svg and table.png, and
+    the readable files of a task whose runs leave records.
     """
     rows = job.settings["rows"]
     arms = [read_json(job.inputs[f"{index:05}"] / "result.json")["result"] for index in range(len(rows))]
     chosen = job.settings.get("metrics"), job.settings.get("metric")
-    table = make_sweep(job.settings["columns"], rows, arms, *chosen)
+    table = make_sweep(job.settings["columns"], rows, arms, *chosen, diverged=_diverged(job, len(rows)))
     write_bytes(job.out / "table.csv", table.csv().encode())
     for picture in sweep_pictures(table, table.main_metric(), "table")[:1]:
         write_bytes(job.out / "table.svg", picture.svg.encode())
@@ -29,3 +30,11 @@ def run(job: Job) -> None:
     if table.metric is not None:
         result["metric"] = table.metric
     write_json(job.out / "sweep.json", {"result": result, "provenance": {}})
+
+
+def _diverged(job: Job, points: int) -> list[bool] | None:
+    """Of each point whether its training diverged; None for a sweep whose trainings would have ended in an error."""
+    trained = [job.inputs.get(f"train-{index:05}") for index in range(points)]
+    if not any(trained):
+        return None
+    return [path is not None and bool(read_json(path / "train.json")["result"]["diverged"]) for path in trained]

@@ -100,9 +100,12 @@ def _upstream(plan: Plan, stage: str, node_id: str) -> list[str]:
 def _sweep_upstream(node: Node) -> list[str]:
     """Cells that share a checkpoint are evaluated by the sweep itself, in one process; others are jobs of their own."""
     cells: dict[str, list[Node]] = {}
-    for cell in node.inputs.values():
-        cells.setdefault(cell.inputs["checkpoint"].path, []).append(cell)
     needed: dict[str, None] = {}
+    for input in node.inputs.values():
+        if input.stage == "evaluate":
+            cells.setdefault(input.inputs["checkpoint"].path, []).append(input)
+        else:
+            needed[f"{input.path}/{store.MANIFEST}"] = None
     for group in cells.values():
         unique = {cell.path: cell for cell in group}
         for cell in unique.values():

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline_lib.artifacts.job import Job
+from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import Stopped
 from pipeline_lib.data.tokens import BatchLoader, TokenShards
 from pipeline_lib.models.blocks import blocks
@@ -33,7 +34,7 @@ from pipeline_lib.training.loop import gradient_norm, not_finite, resumable
 from pipeline_lib.training.losses import count_targets
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog
-from pipeline_lib.training.outcome import Tail, publish
+from pipeline_lib.training.outcome import Tail, divergence, publish
 from pipeline_lib.training.run import recipe_of
 from pipeline_lib.training.settings import option
 from pipeline_lib.training.signals import StopRequest
@@ -52,7 +53,7 @@ def run(job: Job) -> None:
             trainer.resume(found)
             watch.start()
             if trainer.done_steps < trainer.recipe.steps:
-                trainer.train(resume_from_checkpoint=None if found is None else str(found))
+                trainer.train_on(found)
             if watch.stopped:
                 raise Stopped(f"stopped after step {trainer.done_steps}")
         except BaseException:
@@ -72,6 +73,9 @@ class ErrataTrainer(Trainer):
         done_steps: optimizer steps done.
         parameters: those of the model itself, without adapters and without what a transform added.
         last_loss: mean loss of the last step over all ranks, nats per target.
+        first_loss: that of the first step.
+        keeps: the recipe keeps the weights of a training that diverges.
+        kept: this one's loss or gradient were not finite, and it ended there.
     """
 
     def __init__(self, job: Job) -> None:
@@ -96,6 +100,8 @@ class ErrataTrainer(Trainer):
         optimizer = self.hooks.optimizer(model.parameters())
         schedule = LambdaLR(optimizer, self.hooks.lr_factor)
         self.done_steps, self.last_loss, self.tail = 0, math.nan, Tail(self.recipe.steps)
+        self.first_loss, self.kept = math.nan, False
+        self.keeps = getattr(self.recipe, "on_divergence", "stop") == "keep"
         self._summed: Tensor | float = 0.0
         self._targets = 1.0
         self.checkpoints = job.work / "checkpoints"
@@ -130,6 +136,14 @@ class ErrataTrainer(Trainer):
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
 
+    def train_on(self, found: Path | None) -> None:
+        """Train from the checkpoint `resume` took, or from the beginning, to the end or to where it is kept."""
+        try:
+            self.train(resume_from_checkpoint=None if found is None else str(found))
+        except _Kept as end:
+            say(f"{self.job.label}: {end}; on_divergence is keep: its weights are kept as they are, marked as diverged")
+            self.kept = True
+
     def get_train_dataloader(self) -> Any:
         """This rank's micro-batches from the first step that is not done yet, endlessly."""
         return _MicroBatches(self)
@@ -152,11 +166,15 @@ class ErrataTrainer(Trainer):
         """Make `last_loss` the mean loss of the step whose micro-batches are all done; all ranks call it."""
         self.last_loss = distributed.total([float(self._summed)])[0] / max(self._targets, 1)
         self._summed = 0.0
+        if self.done_steps == 0:
+            self.first_loss = self.last_loss
 
     def save(self) -> None:
         """Write, seal and prune checkpoints; all ranks call it."""
         directory = self.checkpoints / checkpoint_name(self.done_steps)
         values = {"step": self.done_steps, "tail": self.tail.losses, "fingerprint": self.job.fingerprint}
+        if self.keeps:
+            values["first_loss"] = self.first_loss
         save_state(directory, self.model, _plain(self.optimizer), values)  # type: ignore[arg-type]
         if distributed.rank() == 0:
             self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
@@ -169,6 +187,7 @@ class ErrataTrainer(Trainer):
         if found is not None:
             values = resumable(found, self.job)
             self.done_steps, self.tail = values["step"], Tail(self.recipe.steps, values["tail"])
+            self.first_loss = values.get("first_loss", math.nan)
             load_weights(found, self.model)  # type: ignore[arg-type]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -195,12 +214,19 @@ class ErrataTrainer(Trainer):
             "tokens": self.done_steps * self.recipe.tokens_per_step,
             "parameters": self.parameters,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "final_train_loss": self.tail.mean(),
+            "final_train_loss": None if self.kept else self.tail.mean(),
             "transform_report": self.applied.report,
         }
+        if self.keeps:
+            final = math.nan if self.kept else self.tail.mean()
+            result["diverged"] = divergence(self.done_steps, self.first_loss, final)
         self.applied.remove()
         state = self.hooks.export(model, state, self.job.out)
         publish(self.job, state, result, {"seconds": seconds})
+
+
+class _Kept(Exception):
+    """Loss or gradient are not finite, on all ranks alike, and the recipe keeps what there is."""
 
 
 class _MicroBatches:
@@ -256,7 +282,8 @@ class _Watch(TrainerCallback):
         self.norm = gradient_norm(trainer.model, trainer.recipe.max_norm)  # type: ignore[arg-type]
         trainer.reduce_loss()
         if not (math.isfinite(trainer.last_loss) and math.isfinite(self.norm)):
-            raise not_finite(trainer.done_steps, trainer.last_loss, self.norm)
+            error = not_finite(trainer.done_steps, trainer.last_loss, self.norm)
+            raise _Kept(str(error).splitlines()[0]) if trainer.keeps else error
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep weights in range; transforms take over what they observed."""

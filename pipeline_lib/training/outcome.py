@@ -17,6 +17,8 @@ from pipeline_lib.training.memory import peak_memory
 CHECK = "check.safetensors"
 """In an artifact: fixed tokens, and what the trained model says of them, for the conversion to compare with."""
 CHECK_SEQUENCES, CHECK_TOKENS = 2, 64
+DIVERGED = 1.1
+"""A training whose final loss is over so many times its first has gone astray."""
 
 
 def check_tokens(vocab: int, seq_len: int) -> Tensor:
@@ -44,6 +46,20 @@ class Tail:
     def mean(self) -> float:
         """The training's final loss."""
         return math.fsum(self.losses) / len(self.losses)
+
+
+def divergence(step: int, first: float, final: float) -> dict[str, Any] | None:
+    """How a training went astray, for its train.json; None if it did not.
+
+    Args:
+        step: optimizer steps taken.
+        first, final: loss of the first step and of the last ones (`Tail.mean`), nats per target; `final` is not finite
+            where loss or gradient were not, and null in the JSON then.
+    """
+    if math.isfinite(final) and final <= DIVERGED * first:
+        return None
+    known = {"first_loss": first, "final_loss": final}
+    return {"after_step": step, **{name: loss if math.isfinite(loss) else None for name, loss in known.items()}}
 
 
 def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenance: dict[str, Any]) -> None:

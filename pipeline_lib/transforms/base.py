@@ -130,12 +130,15 @@ class Store(Function, ABC):
     Attributes:
         parts: names of the stored tensors, as `encode` gives them.
         exposed: those that faults of the same composition act on; None is all of them.
+        in_memory: a linear product is computed where the weight lies: `multiply` gets the stored tensors, after their
+            faults, and the weight is never loaded. Such a store leaves no room for a compute at its site.
         straight_through: the loaded value passes its gradient to the value unchanged (and to state that `decode`
             uses). Otherwise autograd goes through `encode` and `decode` themselves.
     """
 
     parts: tuple[str, ...] = ()
     exposed: tuple[str, ...] | None = None
+    in_memory: bool = False
     straight_through: bool = True
 
     @abstractmethod
@@ -168,10 +171,10 @@ class Store(Function, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no packed form")
 
     def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
-        """input [..., in] -> [..., out]: the linear product from the stored tensors, where `packed` gives them.
+        """input [..., in] -> [..., out]: the linear product from the stored tensors, packed or `in_memory`.
 
-        Of a store that can `pack` it is differentiable with respect to the input. By default the decoded weight meets
-        the input.
+        Of a store that can `pack` it is differentiable with respect to the input; `in_memory`, with respect to the
+        stored tensors as well. By default the decoded weight meets the input.
         """
         import torch.nn.functional as F
 

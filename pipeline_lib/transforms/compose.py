@@ -49,6 +49,13 @@ class SiteFunctions:
                 )
         self.store = stores[0] if stores else None
         self.compute = computes[0] if computes else None
+        if self.store is not None and self.store.in_memory and self.compute is not None:
+            raise UserError(
+                "a store that multiplies in memory loads no weight for a compute",
+                where=site.name,
+                value=f"{type(self.store).__name__} and {type(self.compute).__name__}",
+                fix=f"exclude the site from one of them with `sites: {{{site.name}: null}}`",
+            )
         self.faults = [(index, function) for index, function in functions if isinstance(function, Fault)]
         self._streams = {
             (index, role, part): context.stream(site.name, f"{role}.{part}/{index}", fault.chip_seed)
@@ -80,10 +87,13 @@ class SiteFunctions:
         return (self.store is not None and role in self.store.roles) or self.is_faulty(role)
 
     @property
-    def packed_store(self) -> Store | None:
-        """The store of the weight if it holds packed tensors, which the operation then reads as they are."""
+    def multiplying_store(self) -> Store | None:
+        """The store of the weight if the operation reads its stored tensors as they are: packed, or in memory."""
         store = self.store if self.compute is None else None
-        return store if store is not None and store.packed("weight") is not None else None
+        if store is None:
+            return None
+        in_memory = store.in_memory and self.site.kind == "linear" and "weight" in store.roles
+        return store if in_memory or store.packed("weight") is not None else None
 
     def is_faulty(self, role: str) -> bool:
         """Whether a fault acts on this operand."""

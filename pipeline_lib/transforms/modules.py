@@ -30,16 +30,16 @@ class LinearAtSite:
             input = load_input(functions, input)
         else:
             self.shared_input.check(input)
-        if functions.packed_store is not None:
+        if functions.multiplying_store is not None:
             return _by_device(functions, input, self.weight, self._multiply, True)
         return _by_device(functions, input, self.weight, self._multiply)
 
     def _multiply(self, input: Tensor, weight: Tensor | dict[str, Tensor], first_sequence: int = 0) -> Tensor:
-        """The product with a weight, or with the stored tensors of a packed one."""
+        """The product with a weight, or with the stored tensors of one that is not loaded."""
         functions = self.functions_at_site
         if isinstance(weight, dict):
-            assert functions.packed_store is not None
-            return functions.packed_store.multiply(weight, input, self.bias)
+            assert functions.multiplying_store is not None
+            return functions.multiplying_store.multiply(weight, input, self.bias)
         if functions.compute is None:
             return F.linear(input, weight, self.bias)
         return functions.meet(input, weight, self.bias, **_place(functions, input), first_sequence=first_sequence)
@@ -126,13 +126,13 @@ class EmbeddingAtSite:
                 where=functions.site.name,
                 fix=f"exclude them with `sites: {{{functions.site.name}: null}}`, or set fault_devices to 1",
             )
-        packed = functions.packed_store
-        if packed is not None:  # only the rows that are asked for are decoded
+        store = functions.multiplying_store
+        if store is not None:  # only the rows that are asked for are decoded
             return _by_device(
                 functions,
                 input,
                 self.weight,
-                lambda ids, stored, _: packed.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
+                lambda ids, stored, _: store.decode({part: rows[ids] for part, rows in stored.items()}, "weight"),
                 True,
             )
         return _by_device(functions, input, self.weight, self._look_up)
@@ -169,9 +169,9 @@ class InnerAttentionAtSites:
 
 
 def _by_device(
-    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, packed: bool = False
+    functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, as_stored: bool = False
 ) -> Tensor:
-    """`meet(operand, weight, first_sequence)` with the weight a virtual device loads, or its packed tensors.
+    """`meet(operand, weight, first_sequence)` with the weight a virtual device loads, or with its stored tensors.
 
     `operand` is the part of the batch that begins with sequence `first_sequence` of it.
     """
@@ -180,7 +180,7 @@ def _by_device(
     stored = functions.encode(weight, "weight")
 
     def loaded(first_sequence: int) -> Any:
-        if packed:
+        if as_stored:
             return functions.faulty(stored, "weight", first_sequence)
         return functions.weight(stored, weight, "weight", first_sequence)
 

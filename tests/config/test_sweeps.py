@@ -78,6 +78,28 @@ def test_points_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert node.inputs["00000"].settings["fault_seeds"] == [0], "without flips nothing is random"
 
 
+def test_trainings_that_may_diverge_say_whether_they_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are inputs of the sweep and of what Snakemake waits for; other sweeps are as they were."""
+    from pipeline_lib.stages import wiring
+
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path / "data")
+    config = copy.deepcopy(TINY)
+    tuned = {"finetune": {"steps": 2, "global_batch": 4, "seq_len": 16, "on_divergence": "keep"}}
+    config["experiments"]["tuned"] = {"from": "plain-tiny", "recipe": tuned}
+    rates = {"experiment": "tuned", "task": "words", "grid": {"recipe.finetune.lr": [1e-3, 1e-2]}}
+    config["sweeps"] = {"s": rates, "stops": {**rates, "settings": {"recipe.finetune.on_divergence": "stop"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    loaded = Plan.load()
+    node, _ = loaded.view("results/sweeps/s.csv")
+    assert list(node.inputs) == ["00000", "train-00000", "00001", "train-00001"]
+    assert node.inputs["train-00001"].settings["recipe"]["lr"] == 1e-2
+    assert node.inputs["train-00001"].path == node.inputs["00001"].inputs["checkpoint"].inputs["train"].path
+    waited = wiring.inputs(loaded, "sweep", node.id)
+    assert {f"{node.inputs[f'train-0000{i}'].path}/manifest.json" for i in (0, 1)} <= set(waited)
+    assert list(loaded.sweep("stops").inputs) == ["00000", "00001"]
+
+
 def test_unknown_settings_and_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = plan(tmp_path, monkeypatch, grid={"p": [0.1]}, settings={"transform.bitflip.wieght.p": "{p}"})
     with pytest.raises(UserError, match=r"sweeps\.s\.settings(.|\n)*no such setting(.|\n)*weight"):
@@ -121,13 +143,39 @@ def test_each_kind_of_flip_is_set_from_config_yaml(tmp_path: Path, monkeypatch: 
 
 
 def test_the_ready_sweeps_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the repository's own config.yaml: all on one checkpoint, so that one process evaluates them."""
+    """Those of the repository's own config.yaml: all on one checkpoint, so that one process evaluates them.
+
+    But for those of learning rates, which train for each point.
+    """
     monkeypatch.chdir(ROOT)
     loaded = Plan.load()
-    for name in read_yaml(ROOT / "config.yaml")["sweeps"]:
+    for name, sweep in read_yaml(ROOT / "config.yaml")["sweeps"].items():
         node = loaded.sweep(name)
+        if list(sweep["grid"]) == ["recipe.finetune.lr"]:
+            assert len({path for path in node.inputs if path.startswith("train-")}) == len(node.settings["rows"])
+            continue
         assert len({cell.inputs["checkpoint"].path for cell in node.inputs.values()}) == 1
     texts = loaded.sweep("flip-texts")
     assert {cell.inputs.get("clean", texts.inputs["clean"]).path for cell in texts.inputs.values()} == {
         texts.inputs["clean"].path
     }
+
+
+def test_continual_pretraining_is_ready_with_its_published_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """22 · N / 100 tokens in blocks of 1,024 of the sample of 10 G tokens, of which no more than they take is fetched."""
+    monkeypatch.chdir(ROOT)
+    loaded = Plan.load()
+    node = loaded.sweep("optical-60m-rates")
+    assert (node.settings["rows"][0], node.settings["rows"][-1]) == ([1e-7], [5e-5])
+    assert not any("optical-60m-rates" in target for target in loaded.targets())
+    train = node.inputs["train-00005"]
+    recipe, [transform] = train.settings["recipe"], train.settings["transform"]
+    assert {key: recipe[key] for key in ("lr", "seq_len", "global_batch", "max_norm", "on_divergence")} == {
+        "lr": 5e-5, "seq_len": 1024, "global_batch": 16, "max_norm": None, "on_divergence": "keep",
+    }  # fmt: skip
+    assert recipe["steps"] == -(-int(0.22 * 63_226_752) // (16 * 1024))
+    assert (transform["type"], transform["levels"]) == ("optical", 256)
+    assert train.inputs["init"].label.startswith("pretrain-plain-llama")
+    data = train.inputs["tokens"].inputs["dataset"].settings
+    assert data["source"]["config"] == "sample-10BT"
+    assert data["max_bytes"] == 2**27  # 13.9 M tokens of 5 bytes, up to a power of two

@@ -174,6 +174,23 @@ def test_axes_beyond_two_are_panels_and_every_cell_is_there() -> None:
     assert heat.caption == "ppl over bitflip.weight.p and p_frac, a panel for each operand and layers, linear colours."
 
 
+def test_diverged_points_are_crosses_and_move_no_scale() -> None:
+    from pipeline_lib.reporting.sweep_plots import sweep_pictures
+
+    found: Any = [([rate], {"m": Measured(value, None, 1)}) for rate, value in [(1e-4, 3.0), (1e-3, 2.0), (1.0, 1e9)]]
+    [curve] = sweep_pictures(SweepTable(["lr"], ["m"], found, None, [False, False, True]), "m", "s")
+    text = list(ElementTree.fromstring(curve.svg).itertext())
+    assert "diverged" in text
+    assert curve.caption == "m over lr; whiskers are ± 1 standard error; a cross is a training that diverged."
+    [clean] = sweep_pictures(SweepTable(["lr"], ["m"], found[:2]), "m", "s")
+    ticks = [t for t in ElementTree.fromstring(clean.svg).itertext() if t.strip().startswith(("2.", "3."))]
+    assert ticks
+    assert set(ticks) <= set(text), "the axis is that of the points that did not diverge"
+    both: Any = [([rate, kind], metrics) for rate, metrics in [(p[0][0], p[1]) for p in found] for kind in ("a", "b")]
+    heat, _ = sweep_pictures(SweepTable(["lr", "kind"], ["m"], both, None, [False, False, True] * 2), "m", "s")
+    assert list(ElementTree.fromstring(heat.svg).itertext()).count("diverged") == 2
+
+
 def test_a_picture_hides_what_it_has_no_point_for() -> None:
     from pipeline_lib.reporting.sweep_plots import sweep_pictures
 

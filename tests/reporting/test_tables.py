@@ -136,6 +136,22 @@ def test_a_sweep_is_collected_in_the_order_of_its_rows(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out" / "sweep.json")["result"]["points"] == 5
 
 
+def test_a_diverged_training_is_marked_in_its_row(tmp_path: Path) -> None:
+    inputs = {}
+    for index, (mean, diverged) in enumerate([(10.0, None), (math.inf, {"after_step": 3}), (9.0, None)]):
+        inputs[f"{index:05}"], inputs[f"train-{index:05}"] = tmp_path / f"e{index}", tmp_path / f"t{index}"
+        write_json(tmp_path / f"e{index}" / "result.json", {"result": arm([mean, mean], [BITFLIP], [0, 1])})
+        write_json(tmp_path / f"t{index}" / "train.json", {"result": {"diverged": diverged}})
+    settings = {"columns": ["lr"], "rows": [[1e-3], [1.0], [1e-4]], "metrics": ["word_perplexity"]}
+    sweep.run(Job("sweep", "s", "f" * 64, settings, inputs, tmp_path / "work", tmp_path / "out"))
+    text = (tmp_path / "out" / "table.csv").read_text()
+    assert [line.rpartition(",")[2] for line in text.splitlines()] == ["diverged", "false", "true", "false"]
+    again = read_sweep(text)
+    assert (again.metrics, again.diverged) == (["word_perplexity"], [False, True, False])
+    assert again.csv() == text
+    assert "diverged" in (tmp_path / "out" / "table.svg").read_text()
+
+
 def test_points_of_different_tasks_are_refused() -> None:
     other = {**arm([1.0], [], []), "task": {"type": "lm_eval", "task": "wikitext"}}
     with pytest.raises(UserError, match="different tasks"):

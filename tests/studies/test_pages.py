@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, defences, flips, int2, kills, relora_page, robustness
+from studies import chaos, defences, flips, int2, kills, optical_page, relora_page, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
 ALL: dict[str, Derive] = {
@@ -17,6 +17,7 @@ ALL: dict[str, Derive] = {
     "flips": flips.derive,
     "int2": int2.derive,
     "kills": kills.derive,
+    "optical": optical_page.derive,
     "relora": relora_page.derive,
     "robustness": robustness.derive,
 }
@@ -75,6 +76,14 @@ def use_more_memory(study: dict[str, Any]) -> None:
     study["large"]["arms"]["relora"]["measured"] *= 1.1
 
 
+def lower_a_cell(study: dict[str, Any]) -> None:
+    study["cells"]["full.64.s1"]["mean"] *= 0.99
+
+
+def lose_a_training(study: dict[str, Any]) -> None:
+    study["cells"]["lora.16.s0"]["diverged"] = True
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -88,6 +97,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("int2", change_a_size),
     ("kills", change_a_time),
     ("kills", lose_a_kill),
+    ("optical", lower_a_cell),
+    ("optical", lose_a_training),
     ("relora", worsen_a_loss),
     ("relora", use_more_memory),
 ]

@@ -139,6 +139,31 @@ def test_divergence_ends_in_one_message(engine: str, request: pytest.FixtureRequ
     assert "fix:" in message
 
 
+def test_a_divergence_can_be_kept(trainer: Bench) -> None:
+    """Marked, whether the loss stopped being a number or only ended above where it began, after a resume as well."""
+
+    def diverged(name: str, lr: float, steps: int = STEPS) -> Any:
+        recipe = {"lr": lr, "steps": steps, "max_norm": None, "on_divergence": "keep"}
+        result = read_json(trained(trainer, name, recipe=recipe) / "out" / "train.json")["result"]
+        return result["diverged"], result["steps"], result["final_train_loss"]
+
+    found, steps, loss = diverged("kept", 1e30)
+    assert (found["after_step"], found["final_loss"]) == (1, None)
+    assert found["first_loss"] == metrics(trainer.root / "kept")[0]["loss"]
+    assert (steps, loss) == (1, None)
+    assert (trainer.root / "kept" / "out" / "model.safetensors").exists()
+    found, steps, loss = diverged("kept-finite", 10.0)
+    assert found == {"after_step": STEPS, "first_loss": found["first_loss"], "final_loss": loss}
+    assert steps == STEPS
+    assert loss > 1.1 * found["first_loss"]
+    work = trainer.root / "kept-finite"
+    *_, last = sorted((work / "checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    assert trainer.run(work) == [0]
+    assert read_json(work / "out" / "train.json")["result"]["diverged"] == found, "the first loss is in checkpoints"
+    assert diverged("kept-good", 1e-3)[0] is None
+
+
 def test_selective_recompute_is_full_and_says_so(loop: Bench) -> None:
     plain = trained(loop, "kept", recipe=SAME)
     work = trained(loop, "selective", recipe=SAME, activation_checkpointing="selective")

@@ -16,7 +16,7 @@ from pipeline_lib.transforms.apply import Applied, apply
 from pipeline_lib.transforms.base import ROLES, Draw, Fault, Site
 from pipeline_lib.transforms.compose import SiteFunctions
 from pipeline_lib.transforms.context import FaultContext
-from pipeline_lib.transforms.draws import uniform
+from pipeline_lib.transforms.draws import normals, uniform
 
 ENTRIES = {
     "store": {"type": "toy_store", "levels": 20},
@@ -118,6 +118,63 @@ def test_roles_a_site_does_not_have_are_refused() -> None:
             SiteFunctions(site, [(0, Codes(Site("linear", "s"), 3))], FaultContext(0))
     SiteFunctions(Site("linear", "s"), [(0, Codes(Site("linear", "s"), 3))], FaultContext(0))
     assert ROLES["linear"] == ("weight", "input")
+
+
+class InMemory(Codes):
+    """Multiplies its codes as they are, and gives their scale to the outputs."""
+
+    in_memory = True
+    straight_through = False
+    roles = frozenset({"weight"})
+
+    def __init__(self, site: Site, levels: int) -> None:
+        super().__init__(site, levels)
+        self.roles = frozenset({"weight"})
+
+    def multiply(self, stored: dict[str, Tensor], input: Tensor, bias: Tensor | None) -> Tensor:
+        """x·codesᵀ, plus 100 as a sign that it was here."""
+        return nn.functional.linear(input, stored["codes"].to(input.dtype)) * stored["scale"][:, 0] + 100
+
+
+def test_a_store_may_multiply_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the stored tensors after their faults; the gradient reaches weight and input through it."""
+    monkeypatch.setattr("transform_toys.store.Codes", InMemory)
+    model = layer()
+    applied = apply(model, [{"type": "toy_store", "levels": 0}, ENTRIES["fault"]], seed=0)
+    applied.context.begin(3, 0)
+    x, weight = torch.randn(2, 1, 8, requires_grad=True), model[0].weight
+
+    def flipped(value: Tensor, draw: Draw) -> Tensor:
+        return torch.where(mask(value, draw, 16), -value, value)
+
+    codes = flipped(weight[None], applied.context.weight(applied.context.stream("0", "weight.codes/1"), weight[None]))
+    applied.context.begin(3, 0)
+    read = flipped(x, applied.context.activation(applied.context.stream("0", "input.value/1"), x))
+    applied.context.begin(3, 0)
+    assert not torch.equal(codes[0], weight), "codes are hit"
+    expected = nn.functional.linear(read, codes[0]) * weight.abs().amax(1) + 100
+    torch.testing.assert_close(model(x), expected)
+    found = torch.autograd.grad(model(x).sum(), (weight, x))
+    for gradient, by_hand in zip(found, torch.autograd.grad(expected.sum(), (weight, x)), strict=True):
+        torch.testing.assert_close(gradient, by_hand)
+    with pytest.raises(UserError, match="loads no weight for a compute"):
+        apply(layer(), [ENTRIES["store"], ENTRIES["compute"]], seed=0)
+
+
+def test_normals_are_normal_independent_and_placed_by_the_draw() -> None:
+    def draw(row: int, element: int, *shape: int) -> tuple[Tensor, Tensor]:
+        return normals(Draw(*(torch.tensor(v) for v in (7, row, element))), torch.Size(shape))
+
+    first, second = draw(0, 0, 2, 50_000)
+    both = torch.stack([first.flatten(), second.flatten()]).double()
+    n = both.shape[1]
+    assert (both.mean(1).abs() < 4 / n**0.5).all()
+    assert ((both.var(1) - 1).abs() < 4 * (2 / n) ** 0.5).all()
+    assert ((both**4).mean(1) - 3).abs().max() < 4 * (96 / n) ** 0.5
+    assert torch.corrcoef(both)[0, 1].abs() < 4 / n**0.5
+    for part, whole in zip(draw(1, 10, 1, 20), (first, second), strict=True):
+        assert torch.equal(part[0], whole[1, 10:30])
+    assert not torch.equal(first[0], first[1])
 
 
 def test_uniform_is_uniform_and_placed_by_the_draw() -> None:

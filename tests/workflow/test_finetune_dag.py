@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -37,9 +38,14 @@ CONFIG: dict[str, Any] = {
             "recipe": {"finetune": {"steps": 3, "clip_weights": 0.25, **SMALL}},
         },
         "plain-mine": {},
+        "rates-mine": {
+            "model": "mine",
+            "recipe": {"finetune": {"method": "lora", "steps": 3, "max_norm": None, "on_divergence": "keep", **SMALL}},
+            "tasks": [],
+        },
     },
     "fault_seeds": 1,
-    "sweeps": {},
+    "sweeps": {"rates": {"experiment": "rates-mine", "task": "words", "grid": {"recipe.finetune.lr": [0.01, 1.0e30]}}},
 }
 TARGETS = [f"results/{name}/words.json" for name in ("adapted-hub", "tuned-mine", "plain-mine")]
 
@@ -59,7 +65,7 @@ def finished(hub: FakeHub, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     mine = clone.root / "checkpoints" / "mine"
     shutil.copytree(checkpoint, mine)
     (mine / "pytorch_model.bin").write_bytes(b"a pickle")
-    clone.snakemake(*TARGETS)
+    clone.snakemake(*TARGETS, "results/sweeps/rates.csv", "results/sweeps/rates.svg")
     return clone
 
 
@@ -73,6 +79,13 @@ def test_each_is_trained_and_evaluated_under_flips(finished: Clone) -> None:
         result = json.loads((finished.root / target).read_text())["result"]
         assert ("transformed" in result) == ("plain" not in target)
         assert result["clean"]["metrics"]["byte_perplexity"]["mean"] > 1
+
+
+def test_a_training_that_diverges_is_a_marked_row_of_its_sweep(finished: Clone) -> None:
+    good, gone = csv.DictReader((finished.root / "results/sweeps/rates.csv").open())
+    assert (good["diverged"], gone["diverged"]) == ("false", "true")
+    assert 1 < float(good["byte_perplexity"]) < 1e3
+    assert "diverged" in (finished.root / "results/sweeps/rates.svg").read_text()
 
 
 def test_the_budget_of_adapters_is_one_percent_of_the_parameters(finished: Clone) -> None:

@@ -44,6 +44,11 @@ class Settings(TrainingSettings):
     type: Literal["finetune"] = "finetune"
     method: Literal["full", "lora"] = Field("full", description="what trains: all weights, or low-rank adapters")
     lora: Lora | None = added(None, "the adapters: {r, alpha, targets}; only with method lora")
+    on_divergence: Literal["stop", "keep"] = added(
+        "stop",
+        "what a training ends in whose loss or gradient is not finite: stop: an error; keep: the weights as they then "
+        "are, marked as diverged in train.json and in sweeps, as is one whose loss ends over 1.1 times its first",
+    )
 
     @model_validator(mode="before")
     @classmethod
