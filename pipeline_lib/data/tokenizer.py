@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SPECIAL: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+WORDPIECE_TOKENS = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")
+"""Special tokens of a WordPiece tokenizer; their ids are their places here, whatever it is trained on."""
+WORDPIECE_SPECIAL: dict[str, Any] = {
+    "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>",
+    "bos_token": "<cls>", "eos_token": "<sep>",
+}  # fmt: skip
 TRAINED_ON_BYTES = 256 * 2**20  # of text at most: a larger sample no longer changes common merges, but costs memory
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -30,8 +37,9 @@ def build(job: Job) -> None:
         UserError: the hub repository has no fast tokenizer, or nothing that ends a document.
     """
     if "train" in job.settings:
-        tokenizer = train(job.inputs["dataset"], job.settings["train"]["vocab_size"])
-        special: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        given = job.settings["train"]
+        make, special = (train, SPECIAL) if given.get("kind", "bpe") == "bpe" else (train_wordpiece, WORDPIECE_SPECIAL)
+        tokenizer = make(job.inputs["dataset"], given["vocab_size"])
     else:
         origin = f"models/{job.settings['hub']['repo']}" if "hub" in job.settings else job.label
         tokenizer, special = from_files(job.inputs["asset"] / "files", origin)
@@ -72,6 +80,43 @@ def train(dataset: Path, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
+    if size(tokenizer) < vocab_size:
+        say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
+    return tokenizer
+
+
+def train_wordpiece(dataset: Path, vocab_size: int) -> Tokenizer:
+    """A WordPiece tokenizer with `vocab_size` entries, special tokens included, from the train split.
+
+    Text is normalised as by Geiping and Goldstein, 2022 (arXiv 2212.14034, section 4.1): TeX's quotes to plain ones, no
+    accents, lower case, single spaces, ASCII alone; words and runs of punctuation are cut apart. A sentence becomes
+    <cls> A <sep>, a pair <cls> A <sep> B <sep>; packed documents are <cls> text <sep>.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace("``", '"'),
+        normalizers.Replace("''", '"'),
+        normalizers.NFD(),
+        normalizers.Lowercase(),
+        normalizers.StripAccents(),
+        normalizers.Replace(Regex(" {2,}"), " "),
+        normalizers.Replace(Regex(r"[^\x00-\x7F]+"), ""),
+    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(WORDPIECE_TOKENS),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
+    ids = [("<cls>", 2), ("<sep>", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=ids
+    )
     if size(tokenizer) < vocab_size:
         say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
     return tokenizer

@@ -76,7 +76,17 @@ class TextHooks(Hooks):
         """Cross entropy of each sequence's targets."""
         if not self.encoder:
             return super().loss(model, batch)
+        if hasattr(model, "masked_logits"):
+            return self._sparse_loss(model, batch)
         return cross_entropy_per_example(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+    def _sparse_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same of a model that decodes only the tokens it is asked for."""
+        labels_BT = batch["labels"]
+        at_BT = labels_BT != IGNORED
+        logits_NV = model(input_ids=batch["input_ids"], at=at_BT).logits
+        loss_N = cross_entropy_per_example(logits_NV[:, None], labels_BT[at_BT][:, None])
+        return loss_N.new_zeros(len(labels_BT)).index_add(0, at_BT.nonzero()[:, 0], loss_N)
 
 
 def mask_seed(seed: int, step: int, sequence: int) -> int:
