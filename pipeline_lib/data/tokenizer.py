@@ -89,36 +89,51 @@ def train_wordpiece(dataset: Path, vocab_size: int) -> Tokenizer:
     """A WordPiece tokenizer with `vocab_size` entries, special tokens included, from the train split.
 
     Text is normalised as by Geiping and Goldstein, 2022 (arXiv 2212.14034, section 4.1): TeX's quotes to plain ones, no
-    accents, lower case, single spaces, ASCII alone; words and runs of punctuation are cut apart. A sentence becomes
-    <cls> A <sep>, a pair <cls> A <sep> B <sep>; packed documents are <cls> text <sep>.
+    accents, lower case, single spaces, printable ASCII alone; words and runs of punctuation are cut apart. A sentence
+    becomes <cls> A <sep>, a pair <cls> A <sep> B <sep>; packed documents are <cls> text <sep>.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=100))
+    # The trainer numbers "##x" in the order of a hash table, which differs from run to run, and breaks ties by number:
+    # so they are numbered here, and what it takes for special is made plain again.
+    alphabet = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    inside = [f"##{character}" for character in alphabet]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*WORDPIECE_TOKENS, *inside],
+        initial_alphabet=alphabet,
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    trained = _wordpiece({token: number for number, token in enumerate(WORDPIECE_TOKENS)})
+    trained.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
+    tokenizer = _wordpiece(trained.get_vocab(with_added_tokens=True))
+    if size(tokenizer) < vocab_size:
+        say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
+    return tokenizer
+
+
+def _wordpiece(vocab: dict[str, int]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer.add_special_tokens(list(WORDPIECE_TOKENS))
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.Replace("``", '"'),
         normalizers.Replace("''", '"'),
         normalizers.NFD(),
         normalizers.Lowercase(),
         normalizers.StripAccents(),
+        normalizers.Replace(Regex(r"[^\x20-\x7E\s]+"), ""),
         normalizers.Replace(Regex(" {2,}"), " "),
-        normalizers.Replace(Regex(r"[^\x00-\x7F]+"), ""),
     ])  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(WORDPIECE_TOKENS),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
-    ids = [("<cls>", 2), ("<sep>", 3)]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=ids
+        single="<cls> $A <sep>",
+        pair="<cls> $A <sep> $B:1 <sep>:1",
+        special_tokens=[(token, WORDPIECE_TOKENS.index(token)) for token in ("<cls>", "<sep>")],
     )
-    if size(tokenizer) < vocab_size:
-        say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
     return tokenizer
 
 
