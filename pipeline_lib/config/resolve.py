@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration, teachers
+from pipeline_lib.config import calibration, teachers, timing
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -92,20 +92,26 @@ class Resolver:
         entry = self.config.tokenizers[name]
         if entry.train is not None:
             inputs = {"dataset": self.dataset(entry.train.dataset)}
-            return make_node(
-                "tokenizer", f"bpe-{entry.train.vocab_size}", {"train": {"vocab_size": entry.train.vocab_size}}, inputs
-            )
+            train = {key: value for key, value in entry.train.semantic().items() if key != "dataset"}
+            return make_node("tokenizer", f"{entry.train.kind}-{entry.train.vocab_size}", {"train": train}, inputs)
         assert entry.hub is not None
         asset = self.asset(entry.hub, entry.revision, list(TOKENIZER_FILES))
         hub = {"repo": entry.hub, "revision": asset.settings["revision"]}
         return make_node("tokenizer", entry.hub, {"hub": hub}, {"asset": asset})
 
     @once
-    def tokens(self, dataset: str, tokenizer: Node, needed: int) -> Node:
+    def tokens(self, dataset: str, tokenizer: Node, needed: int | None) -> Node:
         """Token shards; of a source larger than needed, only as much as `needed` tokens take."""
         per_token = self.config.datasets[dataset].bytes_per_token
         max_bytes = None
-        if per_token is not None:
+        if per_token is not None and needed is None:
+            raise UserError(
+                "nobody knows before the training how much text its budget takes",
+                where=f"{self.file}: datasets.{dataset}.bytes_per_token",
+                value=per_token,
+                fix="use a dataset that is fetched whole, or a budget in steps, FLOPs, or hours of a known reference",
+            )
+        if per_token is not None and needed is not None:
             max_bytes = 2 ** max(20, math.ceil(math.log2(needed * per_token)))  # powers of 2: near budgets share
         data = self.dataset(dataset, max_bytes)
         return make_node(
@@ -129,15 +135,16 @@ class Resolver:
         known(model.tokenizer, self.config.tokenizers, "tokenizers", f"{self.file}: models.{exp.model_name}.tokenizer")
         return {**own.semantic(), "vocab": self.config.tokenizers[model.tokenizer].size, "max_seq_len": seq_len}
 
-    def recipe(self, exp: Resolved) -> dict[str, Any]:
-        """The recipe's settings with its steps resolved."""
+    def recipe(self, exp: Resolved) -> tuple[dict[str, Any], int | None]:
+        """The recipe's settings with its steps resolved, and the tokens that it reads."""
         parameters = None
         if exp.model.trained is not None:
             parameters = exp.model.trained.parameters
         else:
             parameters = count_parameters(self.architecture(exp, 1))[1]
         try:
-            return exp.recipe.resolved(parameters).semantic()  # type: ignore[attr-defined]
+            recipe: Any = exp.recipe.resolved(parameters)  # type: ignore[attr-defined]
+            return recipe.semantic(), recipe.needed_tokens(parameters)
         except ValueError as error:
             raise UserError(
                 str(error),
@@ -148,12 +155,11 @@ class Resolver:
     def train(self, exp: Resolved) -> Node:
         """The trained weights of an experiment."""
         where = self.experiments.where(exp.name)
-        recipe = self.recipe(exp)
+        recipe, needed = self.recipe(exp)
         tokenizer = self.model_tokenizer(exp)
         model = self.architecture(exp, recipe["seq_len"])
         inputs = {"tokenizer": tokenizer}
         if getattr(exp.recipe_module, "READS", "tokens") == "tokens":
-            needed = recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
             inputs["tokens"] = self.tokens(self.dataset_of(exp), tokenizer, needed)
         if exp.from_ is not None:
             inputs["init"] = self.checkpoint(self.experiments.get(exp.from_))
@@ -162,12 +168,18 @@ class Resolver:
         if exp.teacher is not None:
             inputs["teacher"] = teachers.records(self, exp)
             inputs["teacher-model"] = inputs["teacher"].inputs["model"]
+        if getattr(getattr(exp.recipe, "budget", None), "measured", False):
+            inputs["timing"] = timing.of_experiment(self, exp)
         if exp.losses is not None:
             inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
         if "init" in inputs:
             inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}
         return make_node("train", weights_label(settings), settings, inputs, self.execution(exp))
+
+    def timing(self, exp: Resolved) -> Node:
+        """This machine's times of an experiment's passes."""
+        return timing.of_experiment(self, exp)
 
     def dataset_of(self, exp: Resolved) -> str:
         """The name of the dataset that an experiment is trained on.
@@ -233,8 +245,10 @@ class Resolver:
 
     def execution(self, exp: Resolved) -> dict[str, Any]:
         """How an experiment's stages run; nothing here is fingerprinted."""
+        recipe = exp.recipe.operational()
         return {
             **exp.run,
+            **({"recipe": recipe} if recipe else {}),
             "experiment": exp.name,
             "tracking": {"wandb": self.config.tracking.wandb, "project": self.config.tracking.project},
         }
