@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration, teachers
+from pipeline_lib.config import calibration, losses, teachers
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -147,7 +147,6 @@ class Resolver:
 
     def train(self, exp: Resolved) -> Node:
         """The trained weights of an experiment."""
-        where = self.experiments.where(exp.name)
         recipe = self.recipe(exp)
         tokenizer = self.model_tokenizer(exp)
         model = self.architecture(exp, recipe["seq_len"])
@@ -163,7 +162,7 @@ class Resolver:
             inputs["teacher"] = teachers.records(self, exp)
             inputs["teacher-model"] = inputs["teacher"].inputs["model"]
         if exp.losses is not None:
-            inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
+            inputs["losses"] = losses.of_sequences(self, exp, inputs["tokens"], recipe["seq_len"])
         if "init" in inputs:
             inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError
-from pipeline_lib.config.schema import Experiment, Model
+from pipeline_lib.config.schema import Experiment, ImportedLosses, Model
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Resolved:
     dataset: str | None
     from_: str | None
     teacher: str | None
-    losses: str | None
+    losses: str | ImportedLosses | None
     seed: int
     tasks: list[str]
     publish: str | None

@@ -42,7 +42,7 @@ class CramHooks(Hooks):
         self.encoder = type(loop.model).__name__.endswith("ForMaskedLM")
         if self.encoder:
             self._vocab: int = loop.model.config.vocab_size
-            self._mask, self._special = _special_tokens(self._job)
+            self._mask, self._special = special_tokens(self._job)
 
     def batch(self, loader: BatchLoader, step: int, first: int, count: int) -> Batch:
         """The text as it is, or with tokens hidden and only these as labels."""
@@ -96,7 +96,7 @@ def hide_tokens(
     return torch.where(target_T, shown_T, text_T), torch.where(target_T, text_T, IGNORED)
 
 
-def _special_tokens(job: Job) -> tuple[int, Tensor]:
+def special_tokens(job: Job) -> tuple[int, Tensor]:
     """(id of the token that hides others, ids of all special tokens).
 
     Where the tokenizer has no mask token, its padding token serves: packed text contains none.
