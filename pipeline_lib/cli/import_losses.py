@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         if count != len(losses):
             raise UserError(
                 "the prepared dataset has another number of sequences than there are losses",
-                where=str(arguments.dataset), value=count, allowed=len(losses),
+                where=str(arguments.dataset), value=count, allowed=str(len(losses)),
                 fix="give the --holdout that the losses were extracted with (0.2 in the paper)",
             )  # fmt: skip
     found = matched(losses, shards, arguments.seq_len, digest, str(arguments.tokens))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline_lib.config.base import Settings
+from pipeline_lib.config.base import Settings, added
 from pipeline_lib.config.models import Bert, Llama, Mistral
 
 PluginSettings = dict[str, Any]
@@ -78,6 +78,9 @@ class Split(Settings):
 
     valid: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of validation documents")
     test: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of test documents")
+    holdout: float = added(
+        0.0, "share of documents kept apart for a model whose losses choose what others learn", ge=0, lt=1
+    )
 
 
 class Dataset(Settings):

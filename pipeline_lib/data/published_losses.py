@@ -125,7 +125,7 @@ def prepared_digest(folder: Path, seq_len: int, holdout: float | None) -> tuple[
             if ids.ndim != 2 or ids.shape[1] != seq_len:
                 raise UserError(
                     "the prepared sequences have another length", where=str(folder), value=list(ids.shape[1:]),
-                    allowed=seq_len, fix="give the --seq-len that they were prepared with",
+                    allowed=str(seq_len), fix="give the --seq-len that they were prepared with",
                 )  # fmt: skip
             yield ids
 

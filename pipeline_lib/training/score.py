@@ -56,7 +56,7 @@ def _adopt(job: Job, shards: TokenShards, seq_len: int) -> None:
             "the losses are of sequences of another length",
             where=job.label,
             value=losses.seq_len,
-            allowed=seq_len,
+            allowed=str(seq_len),
             fix="train with their seq_len",
         )
     check_same(losses, shards, f"{job.label}: losses")
