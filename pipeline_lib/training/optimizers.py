@@ -1,4 +1,4 @@
-"""Lion and Sophia-G, and which parameters decay.
+"""Lion and Sophia-G.
 
 Written out, since no well-kept library has Sophia-G's update (pytorch_optimizer's SophiaH estimates the Hessian its own
 way) and Lion is three lines; the tests compare both with that library's numbers.
@@ -6,7 +6,6 @@ way) and Lion is three lines; the tests compare both with that library's numbers
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,24 +14,9 @@ from torch import Tensor
 SOPHIA_EPS = 1e-15
 
 
-def decay_groups(
-    parameters: Iterable[tuple[str, Tensor]], weight_decay: float, decay_norms: bool = False
-) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer: what decays, and what does not; frozen parameters are in neither.
-
-    Matrices decay. Biases do not. The rest (weights of norms, scalars) does where `decay_norms` says so, as in
-    NoTrainNoGain, which meant to exempt the norms but looked for them under another name.
-
-    Args:
-        parameters: (name, parameter) pairs.
-    """
-    decayed, exempt = [], []
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            bias = name.rpartition(".")[2] == "bias"
-            decays = parameter.ndim >= 2 or (decay_norms and not bias)
-            (decayed if decays else exempt).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+def decay_groups(matrices: list[Tensor], others: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer: those that decay, and those that do not."""
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

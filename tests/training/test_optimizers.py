@@ -1,4 +1,4 @@
-"""Lion and Sophia-G: steps worked by hand, a library's numbers, and which parameters decay."""
+"""Lion and Sophia-G: steps worked by hand, and a library's numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline_lib.training.optimizers import Lion, SophiaG, decay_groups
+from pipeline_lib.training.optimizers import Lion, SophiaG
 from tests.training import optimizer_reference as reference
 
 LIBRARY = json.loads(reference.FILE.read_text(encoding="utf-8"))
@@ -88,22 +88,3 @@ def test_as_the_library_does(name: str) -> None:
     assert moved == [pytest.approx(values, rel=1e-5, abs=1e-7) for values in LIBRARY[name]]
     still = [parameter.flatten().tolist() for parameter in reference.start()]
     assert still != [pytest.approx(values, rel=1e-3) for values in LIBRARY[name]], "the file shows something"
-
-
-def test_what_decays() -> None:
-    model = nn.ModuleDict({"norm1": nn.LayerNorm(4), "dense": nn.Linear(4, 4), "frozen": nn.Linear(4, 4)})
-    model["frozen"].requires_grad_(False)
-    model.register_parameter("scale", nn.Parameter(torch.ones(())))
-
-    def decayed(**how: Any) -> set[str]:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = decay_groups(model.named_parameters(), 0.01, **how)
-        assert {group["weight_decay"] for group in groups} == {0.01, 0.0}
-        every = [names[id(p)] for group in groups for p in group["params"]]
-        assert sorted(every) == ["dense.bias", "dense.weight", "norm1.bias", "norm1.weight", "scale"]
-        return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
-
-    assert decayed() == {"dense.weight"}
-    assert decayed(decay_norms=True) == {"dense.weight", "norm1.weight", "scale"}, (
-        "as published: only biases are exempt"
-    )
