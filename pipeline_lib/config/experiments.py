@@ -132,7 +132,7 @@ class Experiments:
                 value=recipe_name,
                 fix="use finetune or none, or a model of dimensions",
             )
-        check_complete(entry, module, recipe_name, bool(base or model.trained), where)
+        check_complete(entry, module, recipe_name, recipe, bool(base or model.trained), where)
         return Resolved(
             name=name, model_name=model_name, model=model, transform=_listed(transforms), transform_settings=transforms,
             recipe_name=recipe_name, recipe=recipe, recipe_module=module,

@@ -26,6 +26,7 @@ def of_sequences(resolver: Resolver, exp: Resolved, tokens: Node, seq_len: int) 
     assert exp.losses is not None
     where = f"{resolver.experiments.where(exp.name)}.losses"
     if not isinstance(exp.losses, str):
+        _refuse_matched_masks(exp, where)
         inputs = {"imported": _imported(exp.losses.folder, f"{where}.folder"), "tokens": tokens}
         settings = {"seq_len": seq_len}
         return make_node("score", f"imported-{tokens.label}", settings, inputs, resolver.execution(exp))
@@ -38,6 +39,18 @@ def of_sequences(resolver: Resolver, exp: Resolved, tokens: Node, seq_len: int) 
         settings["masks"] = {"seed": other.seed, "rate": exp.recipe.mask_rate}  # type: ignore[attr-defined]
     inputs = {"model": checkpoint, "tokenizer": resolver.model_tokenizer(exp), "tokens": tokens}
     return make_node("score", f"{checkpoint.label}-{tokens.label}", settings, inputs, resolver.execution(exp))
+
+
+def _refuse_matched_masks(exp: Resolved, where: str) -> None:
+    for method in getattr(exp.recipe, "methods", ()):
+        if exp.family == "bert" and getattr(method, "masks", None) == "matched":
+            raise UserError(
+                "nobody knows the masks that imported losses were measured with",
+                where=where,
+                value=f"{method.type}: {{masks: matched}}",
+                allowed="masks: fresh",
+                fix=f"set `{method.type}: {{masks: fresh}}`",
+            )
 
 
 def _refuse(resolver: Resolver, exp: Resolved, other: Resolved, where: str) -> None:
@@ -66,16 +79,18 @@ def _refuse(resolver: Resolver, exp: Resolved, other: Resolved, where: str) -> N
             allowed=own.id,
             fix="give both models the same tokenizer",
         )
+    own_text = resolver.dataset(resolver.dataset_of(exp)).fingerprint
     trained = _training(resolver, other)
     while trained is not None:
-        if trained.dataset == exp.dataset and getattr(trained.recipe, "split", "train") == "train":
+        same = trained.dataset is not None and resolver.dataset(trained.dataset).fingerprint == own_text
+        if same and getattr(trained.recipe, "split", "train") == "train":
             raise UserError(
                 "the model behind the losses was trained on the sequences that it is to judge, "
                 "so its losses are not irreducible",
                 where=where,
                 value=trained.name,
-                allowed="an experiment trained on the holdout",
-                fix=f"give {trained.name} the recipe cram with `split: valid`, or another dataset",
+                allowed="an experiment trained on the dataset's holdout",
+                fix=f"give {trained.name} the recipe cram with `split: holdout`, or another dataset",
             )
         trained = _training(resolver, resolver.experiments.get(trained.from_)) if trained.from_ else None
 

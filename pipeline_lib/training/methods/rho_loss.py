@@ -45,6 +45,11 @@ def refuses(settings: Settings, recipe: Recipe, model: Model) -> str | None:
     return None
 
 
+def reads(settings: Settings, recipe: Recipe) -> float:
+    """Sequences read for each that is trained on."""
+    return settings.mega_batch / recipe.global_batch
+
+
 def method(settings: Settings, job: Job) -> Method:
     """The method."""
     return RhoLoss(settings, job)
