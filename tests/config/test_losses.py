@@ -103,6 +103,9 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused("needs `losses`", chooser=chooser(losses=None))
     refused("reads no losses", chooser=chooser(methods=()))
     refused("mega_batch 2 is smaller than global_batch 4", chooser=chooser(methods=[{"rho-loss": {"mega_batch": 2}}]))
+    on_holdout = chooser()
+    on_holdout["recipe"]["cram"]["split"] = "holdout"
+    refused("it chooses from the train split", chooser=on_holdout)
     refused("encoder's losses mean nothing to a decoder", judged=judge("encoder"), chooser=chooser(losses="judged"))
     refused("another tokenizer's tokens", judged=judge("foreign"), chooser=chooser(losses="judged"))
     refused("this experiment has a transform", judged=judge(transform="bitflip"), chooser=chooser(losses="judged"))

@@ -39,7 +39,9 @@ class Settings(Base):
 
 
 def refuses(settings: Settings, recipe: Recipe, model: Model) -> str | None:
-    """There must be something to choose from."""
+    """There must be something to choose from, and losses are those of the train split."""
+    if recipe.split != "train":
+        return f"it chooses from the train split, and the recipe trains on split {recipe.split}"
     if settings.mega_batch < recipe.global_batch:
         return f"mega_batch {settings.mega_batch} is smaller than global_batch {recipe.global_batch}"
     return None
