@@ -1,7 +1,7 @@
 """The Gauss-Newton-Bartlett estimate behind Sophia-G: gradients of a loss whose labels the model itself has sampled.
 
-Liu et al., 2023, arXiv 2305.14342, algorithm 2. For labels ŷ drawn from the model's own distribution, and ĝ the gradient
-of the mean cross entropy over B of them, B·ĝ² is an unbiased estimate of the Gauss-Newton matrix's diagonal.
+Liu et al., 2023, arXiv 2305.14342, algorithm 2. For labels ŷ from the model's own distribution, and ĝ the gradient of
+the mean cross entropy over B of them, B·ĝ² is an unbiased estimate of the Gauss-Newton matrix's diagonal.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipeline_lib.training.batching import micro_seed
 from pipeline_lib.training.build import autocast
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.losses import IGNORED
+from pipeline_lib.training.masking import logits_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,22 +87,16 @@ class Curvature:
                 logits_NV, at_BT = self._hidden(batch).flatten(0, 1), torch.ones_like(batch["labels"], dtype=torch.bool)
             else:
                 at_BT = batch["labels"] != IGNORED
-                logits_NV = self._logits(batch, at_BT)
+                logits_NV = logits_at(loop.model, batch["input_ids"], at_BT, self.cram.encoder)
         logits_NV = logits_NV.float()
         uniform_BT = torch.stack([uniforms(self.cram.seed, int(p), at_BT.shape[1]) for p in batch["place"]])
         labels_N = sampled(logits_NV.detach(), uniform_BT.to(at_BT.device)[at_BT])
         return F.cross_entropy(logits_NV, labels_N, reduction="sum")
 
-    def _logits(self, batch: Batch, at_BT: Tensor) -> Tensor:
-        """Scores over the vocabulary at the chosen positions, one after another."""
-        more = {} if self.cram.encoder else {"use_cache": False}
-        return self.loop.model(input_ids=batch["input_ids"], **more).logits[at_BT]
-
     def _hidden(self, batch: Batch) -> Tensor:
         """What the model's body gives to its head; the whole model runs, so that sharded parameters are gathered."""
         with _outputs(self.loop.model.base_model) as kept:
-            more = {} if self.cram.encoder else {"use_cache": False}
-            self.loop.model(input_ids=batch["input_ids"], **more)
+            logits_at(self.loop.model, batch["input_ids"], batch["labels"] != IGNORED, self.cram.encoder)
         return kept[0].last_hidden_state
 
     @torch.no_grad()

@@ -76,7 +76,25 @@ class TextHooks(Hooks):
         """Cross entropy of each sequence's targets."""
         if not self.encoder:
             return super().loss(model, batch)
+        return masked_loss(model, batch)
+
+
+def masked_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """loss_B of an encoder: fp32, summed over each sequence's targets."""
+    if not hasattr(model, "masked_logits"):
         return cross_entropy_per_example(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+    labels_BT = batch["labels"]
+    at_BT = labels_BT != IGNORED
+    loss_N = cross_entropy_per_example(logits_at(model, batch["input_ids"], at_BT)[:, None], labels_BT[at_BT][:, None])
+    return loss_N.new_zeros(len(labels_BT)).index_add(0, at_BT.nonzero()[:, 0], loss_N)
+
+
+def logits_at(model: nn.Module, input_BT: Tensor, at_BT: Tensor, encoder: bool = True) -> Tensor:
+    """logits_NV at the chosen positions, one after another; a model that can decodes no others."""
+    if hasattr(model, "masked_logits"):
+        return model(input_ids=input_BT, at=at_BT).logits
+    more = {} if encoder else {"use_cache": False}
+    return model(input_ids=input_BT, **more).logits[at_BT]
 
 
 def mask_seed(seed: int, step: int, sequence: int) -> int:

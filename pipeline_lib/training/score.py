@@ -23,7 +23,7 @@ from pipeline_lib.data.tokens import TokenShards
 from pipeline_lib.models.checkpoint import checkpoint_directory, load_model
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.losses import IGNORED, cross_entropy_per_example
-from pipeline_lib.training.masking import hide_tokens, special_tokens
+from pipeline_lib.training.masking import hide_tokens, masked_loss, special_tokens
 from pipeline_lib.training.settings import option
 
 PART = 2**13
@@ -119,9 +119,12 @@ class Scorer:
         for start in range(first, first + count, batch_size):
             numbers = range(start, min(start + batch_size, first + count))
             batch = {name: tensor.to(self.device) for name, tensor in self._batch(numbers).items()}
-            more = {} if self.masks else {"use_cache": False}
-            logits_BTV = self.model(input_ids=batch["input_ids"], **more).logits
-            found.append(mean_losses(cross_entropy_per_example(logits_BTV, batch["labels"]), batch["labels"]).cpu())
+            if self.masks:
+                loss_B = masked_loss(self.model, batch)
+            else:
+                logits_BTV = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+                loss_B = cross_entropy_per_example(logits_BTV, batch["labels"])
+            found.append(mean_losses(loss_B, batch["labels"]).cpu())
         return torch.cat(found).numpy()
 
     def _batch(self, numbers: range) -> Batch:
