@@ -17,8 +17,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "layer-stacking": {"initial_layers": 1},
     "layer-dropping": {"group": 2},
     "selective-backprop": {"candidates": 4, "history": 20},
+    "sophia-g": {"hessian_sequences": 4, "hessian_every": 2},
+    "adamw": {"betas": [0.5, 0.6]},
 }
-"""Settings of methods that their defaults are too large for."""
+"""Settings of methods whose defaults are too large for it, or are the recipe's own."""
 CRAMMED = {**MODELS["bert"], "layers": 4, "crammed": True}
 SHAPES = {"llama": {**MODELS["llama"], "layers": 4}, "bert": {**MODELS["bert"], "layers": 4}, "crammed": CRAMMED}
 
