@@ -1,4 +1,4 @@
-"""Hiding tokens for an encoder to find: which ones is a function of a seed and a place, never of a device or a batch."""
+"""Hiding tokens for an encoder to find: which ones is a function of a seed and a place, not of a device or a batch."""
 
 from __future__ import annotations
 

@@ -136,8 +136,8 @@ def fine_tune(subject: Subject, settings: FineTuning, name: str, work: Work, see
     it: each optimizer step draws its own faults.
 
     Returns:
-        {scores: {metric: value}, epochs: validation scores of the epochs that were scored, losses: mean training loss of
-        each epoch, steps, warmup_steps, last_lr_factor}; plain JSON.
+        {scores: {metric: value}, epochs: validation scores of the epochs that were scored, losses: mean training
+        loss of each epoch, steps, warmup_steps, last_lr_factor}; plain JSON.
     """
     data_set, at = settings.SETS[name], int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:7], "big")
     with torch.random.fork_rng():

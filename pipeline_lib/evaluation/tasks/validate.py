@@ -32,8 +32,8 @@ class Settings(Base):
     mask_seed: int = Field(0, ge=0, description="seed of the masks")
     average: Literal["targets", "published"] = Field(
         "targets",
-        description="targets: every target counts alike; published: every micro-batch of 128 windows does, however many "
-        "targets it has, and the last one however few windows",
+        description="targets: every target counts alike; published: every micro-batch of 128 windows does, however "
+        "many targets it has, and the last one however few windows",
     )
 
 
