@@ -134,21 +134,54 @@ def make_comparison(
     Raises:
         UserError: a task has no such metric, or does not say whether more of it is better, or its conditions differ.
     """
+    return judge(settings, *measured(settings, results, trainings))
+
+
+def measured(
+    settings: Mapping[str, Any], results: Mapping[str, dict[str, Any]], trainings: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, list[float]], list[bool], dict[str, dict[str, float]]]:
+    """What `judge` needs, as plain numbers; see `make_comparison`."""
+    seeds = range(len(settings["seeds"]))
+    values: dict[str, list[float]] = {}
+    work: dict[str, dict[str, float]] = {}
+    higher = []
+    for m, measure in enumerate(settings["measures"]):
+        for c, column in enumerate(settings["columns"]):
+            for a, arm in enumerate(settings["arms"]):
+                found = [arm_of(results[f"{c}.{a}.{s}.{m}"]) for s in seeds]
+                where = f"{column}, {arm}, task {measure['task']}"
+                values[f"{c}.{a}.{m}"] = [metric_of(one, measure["metric"], where).mean for one in found]
+                work[f"{c}.{a}"] = _work([trainings.get(f"{c}.{a}.{s}") for s in seeds])
+        first = arm_of(results[f"0.0.0.{m}"])
+        higher.append(_higher(first, measure["metric"], f"task {measure['task']}"))
+    _alike(settings, results)
+    return values, higher, work
+
+
+def judge(
+    settings: Mapping[str, Any],
+    values: Mapping[str, Sequence[float]],
+    higher: Sequence[bool],
+    work: Mapping[str, dict[str, float]],
+) -> Comparison:
+    """Compare arms by their numbers.
+
+    Args:
+        settings: see `make_comparison`.
+        values: "<column>.<arm>.<measure>" → one value a seed.
+        higher: of each measure, whether more is better.
+        work: "<column>.<arm>" → figures of its trainings.
+    """
     cells = []
     for c, column in enumerate(settings["columns"]):
         for m, measure in enumerate(settings["measures"]):
-            baseline: list[float] = []
+            baseline = list(values[f"{c}.0.{m}"])
             for a, arm in enumerate(settings["arms"]):
-                found = [arm_of(results[f"{c}.{a}.{s}.{m}"]) for s in range(len(settings["seeds"]))]
-                where = f"{column}, {arm}, task {measure['task']}"
-                values = [metric_of(one, measure["metric"], where).mean for one in found]
-                baseline = baseline or values
-                higher = _higher(found[0], measure["metric"], where)
-                against = verdict(values, baseline, measure["delta"], higher, settings["level"]) if a else None
-                work = _work([trainings.get(f"{c}.{a}.{s}") for s in range(len(settings["seeds"]))])
-                named = (column, arm, measure["task"], measure["metric"], measure["delta"])
-                cells.append(Cell(*named, values, against, work))
-    _alike(settings, results)
+                own, delta = list(values[f"{c}.{a}.{m}"]), measure["delta"]
+                against = verdict(own, baseline, delta, higher[m], settings["level"]) if a else None
+                cells.append(
+                    Cell(column, arm, measure["task"], measure["metric"], delta, own, against, work[f"{c}.{a}"])
+                )
     return Comparison(list(settings["seeds"]), settings["level"], cells)
 
 
@@ -187,22 +220,21 @@ def _alike(settings: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -
 
 
 def _work(trainings: Sequence[dict[str, Any] | None]) -> dict[str, float]:
-    """Numbers in what trainings left, nested names joined by dots, means over seeds."""
-    flat = [dict(_numbers(training)) for training in trainings if training]
-    return {
-        name: sum(one[name] for one in flat) / len(flat)
-        for name in (flat[0] if flat else ())
-        if all(name in f for f in flat)
-    }
+    """Numbers that trainings left, means over seeds; of the table of passes, sequences and layers passed by kind."""
+    flat = [_numbers(training) for training in trainings if training]
+    names = sorted({name for one in flat for name in one})
+    return {name: sum(one.get(name, 0.0) for one in flat) / len(flat) for name in names}
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and key != "transform_report":
-            found += _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((f"{prefix}{key}", float(value)))
+def _numbers(training: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in training.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = float(value)
+    for row in training.get("work", []):
+        for name, size in (("sequences", 1), ("layer_passes", row["layers"])):
+            key = f"{name}.{row['kind']}" + ("" if row["charged"] else ".free")
+            found[key] = found.get(key, 0.0) + size * row["sequences"]
     return found
 
 

@@ -46,8 +46,12 @@ def results() -> dict[str, Any]:
 
 
 def trainings() -> dict[str, Any]:
-    rows = [{"kind": "train", "layers": 4, "sequences": 32}]
-    return {f"0.{a}.{s}": {"steps": 10 * (a + 1), "cost": {"rst": s}, "work": rows} for a in range(4) for s in range(3)}
+    rows = [
+        {"kind": "train", "layers": 4, "sequences": 32, "charged": True},
+        {"kind": "train", "layers": 2, "sequences": 16, "charged": True},
+        {"kind": "forward", "layers": 4, "sequences": 8, "charged": False},
+    ]
+    return {f"0.{a}.{s}": {"steps": 10 * (a + 1), "rst_hours": s, "work": rows} for a in range(4) for s in range(3)}
 
 
 def test_verdicts_power_and_work() -> None:
@@ -62,7 +66,9 @@ def test_verdicts_power_and_work() -> None:
     spread = ((0.02**2 / 3 + 0.01**2 / 3) / 2) ** 0.5
     assert float(lines["alike"]["power_of_delta"]) == pytest.approx(power_of_difference(0.1, spread, 3))
     assert float(lines["alike"]["detectable"]) == pytest.approx(detectable(spread, 3))
-    assert (float(lines["alike"]["steps"]), float(lines["alike"]["cost.rst"])) == (30.0, 1.0)
+    assert (float(lines["alike"]["steps"]), float(lines["alike"]["rst_hours"])) == (30.0, 1.0)
+    assert (float(lines["alike"]["sequences.train"]), float(lines["alike"]["layer_passes.train"])) == (48.0, 160.0)
+    assert float(lines["alike"]["sequences.forward.free"]) == 8.0
     page = made.markdown()
     assert "## validate: loss, short" in page
     assert "| broken | nan | nan | nan … nan | worse |" in page
