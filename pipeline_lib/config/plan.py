@@ -91,7 +91,7 @@ class Plan:
                 known(stem, self.config.sweeps, "sweeps", f"target {target}")
                 if kind in ("csv", "svg", "png", *self._endings(self.config.sweeps[stem].task)):
                     return self.sweep(stem), f"table.{kind}"
-            if folder == "tables" and kind in ("csv", "md"):
+            if folder == "tables" and (kind in ("csv", "md") or (kind == "svg" and stem in self.config.comparisons)):
                 return self._table(stem, f"target {target}"), f"table.{kind}"
             if folder == "publish" and kind == "json":
                 return self.publish(self.resolver.experiments.get(stem)), "publish.json"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline_lib.artifacts.files import write_json
+from pipeline_lib.artifacts.files import write_bytes, write_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.plan import Plan
+from pipeline_lib.reporting.budget_curves import curve
 from pipeline_lib.reporting.comparison import make_comparison
 from pipeline_lib.reporting.verdicts import detectable, power_of_difference
 from pipeline_lib.stages import table
@@ -91,11 +93,26 @@ def test_the_stage_writes_both_files(tmp_path: Path) -> None:
         inputs[f"result:{key}"] = tmp_path / key
     for key, value in trainings().items():
         write_json(tmp_path / key / "train.json", {"result": value})
+        lines = [{"loss": 5.0, "spent": 0.1}, {"loss": 4.0, "spent": 0.2, "valid_loss": 4.5}]
+        write_bytes(tmp_path / key / "log" / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode())
         inputs[f"train:{key}"] = tmp_path / key
     table.run(Job("table", "t", "0" * 64, SETTINGS, inputs, tmp_path / "work", tmp_path / "out"))
     made = make_comparison(SETTINGS, results(), trainings())
     assert (tmp_path / "out" / "table.csv").read_text() == made.csv()
     assert (tmp_path / "out" / "table.md").read_text() == made.markdown()
+    assert "<svg" in (tmp_path / "out" / "table.svg").read_text()
+
+
+def test_curves_are_means_over_seeds() -> None:
+    one = [
+        {"loss": 5.0, "spent": 1.0, "valid_loss": 6.0},
+        {"loss": 4.0, "spent": 2.0},
+        {"spent": 3.0, "valid_loss": 4.0},
+    ]
+    other = [{"spent": 1.5, "valid_loss": 7.0}]
+    assert curve([one]) == [(1.0, 6.0), (3.0, 4.0)]
+    assert curve([one, other]) == [(1.25, 6.5)], "as long as the shortest"
+    assert curve([[{"loss": 5.0, "tokens": 8}]]) == [(8.0, 5.0)]
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------
