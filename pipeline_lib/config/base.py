@@ -20,6 +20,14 @@ class Settings(BaseModel):
         """The settings as plain JSON values, without the operational ones and `added` ones at their default."""
         return _prune(self)
 
+    def operational(self) -> dict[str, Any]:
+        """The operational settings that are not at their default, as plain JSON values; those of parts are left out."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if _marks(field).get("operational") and getattr(self, name) != field.default
+        }
+
 
 def added(default: Any, description: str, **constraints: Any) -> Any:
     """A semantic field that came later: at its default it is left out, so that results made before it stand."""
@@ -42,6 +50,10 @@ def _prune(value: Any) -> Any:
     return value
 
 
+def _marks(field: Any) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
 def _is_left_out(field: Any, owner: BaseModel, name: str) -> bool:
-    marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    marks = _marks(field)
     return bool(marks.get("operational")) or bool(marks.get("added") and getattr(owner, name) == field.default)

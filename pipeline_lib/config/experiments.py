@@ -115,6 +115,9 @@ class Experiments:
                 value=recipe_name,
                 fix="choose another recipe, model or transform",
             )
+        refusal = module.conflicts(recipe, model) if hasattr(module, "conflicts") else None
+        if refusal:
+            raise UserError(refusal, where=f"{where}.recipe.{recipe_name}", value=model_name, fix="change the recipe")
         if module.ENGINE is None and base is None and model.trained is None:
             raise UserError(
                 "nothing to evaluate: recipe `none` trains no weights",

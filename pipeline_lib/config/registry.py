@@ -1,4 +1,4 @@
-"""Plug-ins by folder: a new transform, recipe, dataset source or task type is found by its file name.
+"""Plug-ins by folder: a new transform, recipe, method, dataset source or task type is found by its file name.
 
 A plug-in module must import no torch at its top, so that the Snakefile can read its settings.
 Packages outside Errata add their own by entry point, for example in their pyproject.toml::
@@ -27,13 +27,14 @@ class Registry:
     package: str
     group: str
     packages_only: bool = False  # a transform is a folder; the modules beside it are machinery
+    dashes: bool = False  # names are written with dashes, files with underscores
     _extra: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def _paths(self) -> dict[str, str]:
         package = importlib.import_module(self.package)
         found = {
-            info.name: f"{self.package}.{info.name}"
+            info.name.replace("_", "-") if self.dashes else info.name: f"{self.package}.{info.name}"
             for info in pkgutil.iter_modules(package.__path__)
             if not info.name.startswith("_") and (info.ispkg or not self.packages_only)
         }
@@ -68,5 +69,6 @@ class Registry:
 
 TRANSFORMS = Registry("transform", "pipeline_lib.transforms", "errata.transforms", packages_only=True)
 RECIPES = Registry("recipe", "pipeline_lib.training.recipes", "errata.recipes")
+METHODS = Registry("method", "pipeline_lib.training.methods", "errata.methods", dashes=True)
 SOURCES = Registry("dataset source", "pipeline_lib.data.sources", "errata.sources")
 TASK_TYPES = Registry("task type", "pipeline_lib.evaluation.tasks", "errata.task_types")

@@ -101,11 +101,18 @@ class Resolver:
         return make_node("tokenizer", entry.hub, {"hub": hub}, {"asset": asset})
 
     @once
-    def tokens(self, dataset: str, tokenizer: Node, needed: int) -> Node:
+    def tokens(self, dataset: str, tokenizer: Node, needed: int | None) -> Node:
         """Token shards; of a source larger than needed, only as much as `needed` tokens take."""
         per_token = self.config.datasets[dataset].bytes_per_token
         max_bytes = None
-        if per_token is not None:
+        if per_token is not None and needed is None:
+            raise UserError(
+                "nobody knows before the training how much text its budget takes",
+                where=f"{self.file}: datasets.{dataset}.bytes_per_token",
+                value=per_token,
+                fix="use a dataset that is fetched whole, or a budget in steps, FLOPs, or hours of a known reference",
+            )
+        if per_token is not None and needed is not None:
             max_bytes = 2 ** max(20, math.ceil(math.log2(needed * per_token)))  # powers of 2: near budgets share
         data = self.dataset(dataset, max_bytes)
         return make_node(
@@ -129,15 +136,16 @@ class Resolver:
         known(model.tokenizer, self.config.tokenizers, "tokenizers", f"{self.file}: models.{exp.model_name}.tokenizer")
         return {**own.semantic(), "vocab": self.config.tokenizers[model.tokenizer].size, "max_seq_len": seq_len}
 
-    def recipe(self, exp: Resolved) -> dict[str, Any]:
-        """The recipe's settings with its steps resolved."""
+    def recipe(self, exp: Resolved) -> tuple[dict[str, Any], int | None]:
+        """The recipe's settings with its steps resolved, and the tokens that it reads."""
         parameters = None
         if exp.model.trained is not None:
             parameters = exp.model.trained.parameters
         else:
             parameters = count_parameters(self.architecture(exp, 1))[1]
         try:
-            return exp.recipe.resolved(parameters).semantic()  # type: ignore[attr-defined]
+            recipe: Any = exp.recipe.resolved(parameters)  # type: ignore[attr-defined]
+            return recipe.semantic(), recipe.needed_tokens(parameters)
         except ValueError as error:
             raise UserError(
                 str(error),
@@ -148,12 +156,11 @@ class Resolver:
     def train(self, exp: Resolved) -> Node:
         """The trained weights of an experiment."""
         where = self.experiments.where(exp.name)
-        recipe = self.recipe(exp)
+        recipe, needed = self.recipe(exp)
         tokenizer = self.model_tokenizer(exp)
         model = self.architecture(exp, recipe["seq_len"])
         inputs = {"tokenizer": tokenizer}
         if getattr(exp.recipe_module, "READS", "tokens") == "tokens":
-            needed = recipe["steps"] * recipe["global_batch"] * recipe["seq_len"]
             inputs["tokens"] = self.tokens(self.dataset_of(exp), tokenizer, needed)
         if exp.from_ is not None:
             inputs["init"] = self.checkpoint(self.experiments.get(exp.from_))
@@ -233,8 +240,10 @@ class Resolver:
 
     def execution(self, exp: Resolved) -> dict[str, Any]:
         """How an experiment's stages run; nothing here is fingerprinted."""
+        recipe = exp.recipe.operational()
         return {
             **exp.run,
+            **({"recipe": recipe} if recipe else {}),
             "experiment": exp.name,
             "tracking": {"wandb": self.config.tracking.wandb, "project": self.config.tracking.project},
         }

@@ -56,6 +56,16 @@ def total(values: list[float]) -> list[float]:
     return sums.tolist()
 
 
+def gathered(values_N: torch.Tensor) -> torch.Tensor:
+    """Every rank's values, as many from each, one rank after another; on the CPU, the same on every rank."""
+    if world() == 1:
+        return values_N.cpu()
+    own = values_N.to(_collective_device())
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).cpu()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank."""
     return total([float(flag)])[0] > 0

@@ -39,8 +39,8 @@ class Hooks:
     """
 
     LOOP_ONLY: ClassVar[tuple[str, ...]] = (
-        "loader", "targets", "prepare", "select", "backward", "after_step", "progress", "result", "state", "load",
-        "save", "restore", "whole",
+        "loader", "targets", "prepare", "read", "select", "begin", "backward", "after_step", "progress", "result",
+        "state", "load", "save", "restore", "whole",
     )  # fmt: skip
 
     def __init__(self, settings: TrainingSettings, seed: int) -> None:
@@ -78,9 +78,17 @@ class Hooks:
         inputs_BT, labels_BT = loader.batch(step, first, count)
         return {"input_ids": inputs_BT, "labels": labels_BT}
 
+    def read(self, loop: Loop, step: int) -> list[tuple[int, Batch]]:
+        """This rank's micro-batches of a step, on the CPU: (index of the first sequence in the global batch, batch)."""
+        count = loop.sharing.micro_batch
+        return [(first, self.batch(loop.loader, step, first, count)) for first in loop.sharing.firsts()]
+
     def select(self, loop: Loop, step: int, batches: list[tuple[int, Batch]]) -> list[tuple[int, Batch]]:
         """Choose among this rank's micro-batches of a step: (index of the first sequence, batch) pairs."""
         return batches
+
+    def begin(self, step: int, first: int) -> None:
+        """Called before the forward pass of the micro-batch that begins with sequence `first` of the global batch."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """loss_B: fp32, summed over each sequence's targets; the engine divides by the targets of the whole step."""

@@ -65,7 +65,7 @@ class Loop:
     def __init__(self, job: Job) -> None:
         self.job = job
         recipe = recipe_of(job)
-        self.settings: Any = recipe.Settings(**job.settings["recipe"])
+        self.settings: Any = recipe.Settings(**job.settings["recipe"], **job.execution.get("recipe", {}))
         self.hooks = recipe.hooks(self.settings, job)
         self.seed: int = job.settings["seed"]
         self.device = distributed.device()
@@ -124,7 +124,7 @@ class Loop:
                 "steps": self.step,
                 "tokens": self.tokens,
                 "parameters": self.parameters,
-                "final_train_loss": self.tail.mean(),
+                "final_train_loss": self.tail.mean(self.step),
                 "transform_report": self.transform_report,
                 **more,
             }
@@ -158,10 +158,7 @@ class Loop:
     def _optimizer_step(self) -> tuple[float, float]:
         """One optimizer step; (learning rate, norm of the gradient before it was scaled down)."""
         step, hooks = self.step, self.hooks
-        batches = [
-            (first, self._to_device(hooks.batch(self.loader, step, first, self.sharing.micro_batch)))
-            for first in self.sharing.firsts()
-        ]
+        batches = [(first, self.to_device(batch)) for first, batch in hooks.read(self, step)]
         batches = hooks.select(self, step, batches)
         targets = distributed.total([sum(hooks.targets(batch) for _, batch in batches)])[0]
         rate = self.settings.lr * hooks.lr_factor(step)
@@ -173,6 +170,7 @@ class Loop:
             self._sync_gradients(number == len(batches) - 1)
             torch.manual_seed(micro_seed(self.seed, step, first))
             self.context.begin(step, first)
+            hooks.begin(step, first)
             loss_B = self._forward(batch)
             summed += loss_B.detach().sum()
             hooks.backward(self, loss_B.sum() * self.scale.value / max(targets, 1))
@@ -211,7 +209,8 @@ class Loop:
         stated = account.total(accumulates=self.sharing.accumulation > 1) / MIB
         return {**account.figures(), "mem_stated_mib": round(stated, 3), **peak_memory()}
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on this rank's device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _sync_gradients(self, last: bool) -> None:

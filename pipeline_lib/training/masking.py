@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens
+from pipeline_lib.data.tokens import TokenShards
 from pipeline_lib.models.checkpoint import load_tokenizer
 from pipeline_lib.training.hooks import Batch, Hooks
 from pipeline_lib.training.losses import cross_entropy_per_example
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline_lib.training.loop import Loop
 
 
-class CramHooks(Hooks):
+class TextHooks(Hooks):
     """Next-token loss for a decoder, masked-token loss for an encoder.
 
     Attributes:
@@ -47,11 +48,25 @@ class CramHooks(Hooks):
         batch = super().batch(loader, step, first, count)
         if not self.encoder:
             return batch
-        rows = [self._hide(text_T, step, first + row) for row, text_T in enumerate(batch["input_ids"])]
+        return self._hidden(batch["input_ids"], [mask_seed(self.seed, step, first + row) for row in range(count)])
+
+    def _held_out(self, count: int) -> Batch:
+        """The first `count` sequences of the validation split, or all; masked alike in every training."""
+        shards = TokenShards(self._job.inputs["tokens"], "valid")
+        length = self.settings.seq_len
+        count = min(count, (shards.n_tokens - 1) // length)
+        windows = [torch.from_numpy(shards.read(k * length, length + 1).astype("int64")) for k in range(count)]
+        text_BT = torch.stack([window_T[:-1] for window_T in windows])
+        if not self.encoder:
+            return {"input_ids": text_BT, "labels": torch.stack([window_T[1:] for window_T in windows])}
+        return self._hidden(text_BT, [mask_seed(0, -1, k) for k in range(count)])
+
+    def _hidden(self, text_BT: Tensor, seeds: list[int]) -> Batch:
+        rows = [self._hide(text_T, seed) for text_T, seed in zip(text_BT, seeds, strict=True)]
         return {"input_ids": torch.stack([row[0] for row in rows]), "labels": torch.stack([row[1] for row in rows])}
 
-    def _hide(self, text_T: Tensor, step: int, sequence: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(mask_seed(self.seed, step, sequence))
+    def _hide(self, text_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
         special_T = torch.isin(text_T, self._special)
         return hide_tokens(text_T, special_T, self._mask, self._vocab, self.settings.mask_rate, generator)
 

@@ -28,11 +28,11 @@ class MetricsLog:
         out_file: where `close` puts the finished log, below `out/log/`.
         work_file: the log in the work dir.
         job: names the run, and its `execution.tracking` says what to do with wandb.
-        steps: the last step, for the time left.
+        steps: the last step, for the time left; None where nobody knows it.
         resumed_step: the checkpoint's step this run starts from; later lines are dropped.
     """
 
-    def __init__(self, out_file: Path, work_file: Path, job: Job, steps: int, resumed_step: int = 0) -> None:
+    def __init__(self, out_file: Path, work_file: Path, job: Job, steps: int | None, resumed_step: int = 0) -> None:
         self._out, self._work = out_file, work_file
         self._start = time.monotonic()
         _truncate(work_file, resumed_step)
@@ -49,7 +49,7 @@ class MetricsLog:
         with open(self._work, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         self._wandb.log(step, figures)
-        shown = {name: figures[name] for name in ("loss", "tokens_per_s") if name in figures}
+        shown = {name: figures[name] for name in ("loss", "tokens_per_s", "progress") if name in figures}
         self._progress.update(step - self._step, **shown)
         self._step = step
 

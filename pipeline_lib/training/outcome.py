@@ -25,25 +25,36 @@ def check_tokens(vocab: int, seq_len: int) -> Tensor:
     return torch.randint(vocab, (CHECK_SEQUENCES, min(CHECK_TOKENS, seq_len)), generator=generator)
 
 
+LONGEST = 100
+
+
 class Tail:
     """The losses of a training's last steps: the last 5 %, at least 1 and at most 100.
 
     Attributes:
         losses: those seen so far; part of a checkpoint.
+
+    Args:
+        steps: of the whole training; None where nobody knows them before its end.
     """
 
-    def __init__(self, steps: int, losses: list[float] | None = None) -> None:
-        self.first = steps - max(1, min(steps // 20, 100))
+    def __init__(self, steps: int | None, losses: list[float] | None = None) -> None:
+        self.first = 0 if steps is None else steps - _length(steps)
         self.losses = list(losses or [])
 
     def add(self, step: int, loss: float) -> None:
         """Take in the loss of optimizer step `step`, counted from 1."""
         if step > self.first:
-            self.losses.append(loss)
+            self.losses = [*self.losses[1 - LONGEST :], loss]
 
-    def mean(self) -> float:
-        """The training's final loss."""
-        return math.fsum(self.losses) / len(self.losses)
+    def mean(self, steps: int | None = None) -> float:
+        """The training's final loss; `steps` are all that it took, where they were not known before."""
+        losses = self.losses if steps is None else self.losses[-_length(steps) :]
+        return math.fsum(losses) / len(losses)
+
+
+def _length(steps: int) -> int:
+    return max(1, min(steps // 20, LONGEST))
 
 
 def publish(job: Job, state: dict[str, Tensor], result: dict[str, Any], provenance: dict[str, Any]) -> None:

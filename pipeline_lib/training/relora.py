@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.models.naming import is_adapter
-from pipeline_lib.training.masking import CramHooks
+from pipeline_lib.training.masking import TextHooks
 from pipeline_lib.training.masters import RowShares, load_masters, save_masters
 from pipeline_lib.training.schedules import is_merge, jagged_lr_factor, published_lr_factor
 from pipeline_lib.training.state import full_state
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ReLoRAHooks(CramHooks):
+class ReLoRAHooks(TextHooks):
     """Adapters, merges and restarts; next-token loss for a decoder, masked-token loss for an encoder.
 
     Attributes:

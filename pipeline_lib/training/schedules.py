@@ -23,6 +23,21 @@ def lr_factor(step: int, steps: int, warmup_steps: int, decay: Decay, min_factor
     return min_factor + (1.0 - min_factor) * shape
 
 
+def budget_lr_factor(progress: float, warmup: float, decay: Decay, min_factor: float) -> float:
+    """The same as a function of the share of a budget spent: up to 1 at `warmup`, then down to `min_factor` at 1.
+
+    With a warm-up of a half and linear decay to 0 this is the one cycle of Kaddour et al., 2023 (arXiv 2307.06440): 2p,
+    then 2 - 2p. It does not go below `min_factor` where the last step spends more than is left.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if decay == "constant":
+        return 1.0
+    share = min((progress - warmup) / (1.0 - warmup), 1.0)
+    shape = 1.0 - share if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+    return min_factor + (1.0 - min_factor) * shape
+
+
 # -- restarts (ReLoRA) -------------------------------------------------------------------------------------------------
 
 

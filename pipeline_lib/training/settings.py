@@ -51,6 +51,7 @@ class TrainingSettings(Settings):
     """
 
     default_warmup_fraction: ClassVar[float] = 0.0
+    budgets: ClassVar[tuple[str, ...]] = BUDGETS
 
     steps: int | None = Field(None, gt=0, description="budget: optimizer steps")
     tokens: int | None = Field(None, gt=0, description="budget: training tokens")
@@ -84,10 +85,10 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        given = [name for name in self.budgets if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"the budget is given {len(given)} times ({', '.join(given)})" if given else "there is no budget"
-            raise ValueError(f"{found}: give exactly one of {', '.join(BUDGETS)}")
+            raise ValueError(f"{found}: give exactly one of {', '.join(self.budgets)}")
         if self.warmup_fraction is not None and self.warmup_steps is not None:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} and warmup_steps {self.warmup_steps} are both given: keep one"
@@ -116,6 +117,11 @@ class TrainingSettings(Settings):
             warmup = int(steps * share)
         unset = {"tokens": None, "tokens_per_parameter": None, "warmup_fraction": None}
         return type(self)(**{**self.model_dump(), **unset, "steps": steps, "warmup_steps": warmup})
+
+    def needed_tokens(self, parameters: int | None) -> int | None:
+        """Tokens of text that the resolved training reads; None where nobody knows before it has run."""
+        assert self.steps is not None
+        return self.steps * self.tokens_per_step
 
     @property
     def tokens_per_step(self) -> int:

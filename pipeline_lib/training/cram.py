@@ -1,0 +1,355 @@
+"""The recipe `cram`: methods in order, and the account of the work that they do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.registry import METHODS
+from pipeline_lib.models.blocks import blocks, only
+from pipeline_lib.training import distributed
+from pipeline_lib.training.batching import micro_seed
+from pipeline_lib.training.budget import Table, flop_rate, flops, rtx3090
+from pipeline_lib.training.build import autocast
+from pipeline_lib.training.flops import forward_parts
+from pipeline_lib.training.hooks import Batch
+from pipeline_lib.training.losses import IGNORED
+from pipeline_lib.training.masking import TextHooks
+from pipeline_lib.training.methods import Method
+from pipeline_lib.training.schedules import budget_lr_factor
+from pipeline_lib.training.work import Price, Work
+
+if TYPE_CHECKING:
+    from pipeline_lib.artifacts.job import Job
+    from pipeline_lib.training.loop import Loop
+    from pipeline_lib.training.recipes.cram import Settings
+
+
+class CramHooks(TextHooks):
+    """What a method may use, and what the engine asks.
+
+    Attributes:
+        methods: in the order of the recipe's list.
+        work: passes done; charged before the step that they belong to.
+        place: sequences of the training text read so far, by all ranks together.
+        seconds: this machine's, in steps alone; validation, checkpoints and start-up are not among them.
+    """
+
+    settings: Settings
+
+    def __init__(self, settings: Settings, job: Job) -> None:
+        super().__init__(settings, job)
+        self.methods: list[Method] = [METHODS.load(s.type).method(s, job) for s in settings.methods]  # type: ignore[attr-defined]
+        self.work, self.place, self.seconds, self._last_seconds = Work(), 0, 0.0, 0.0
+        self._started: float | None = None
+        self._active: Sequence[int] = ()
+        self._valid_at = 0
+        self._draws = any(type(method).draw is not Method.draw for method in self.methods)
+        self._groups = [method.group for method in self.methods if method.group is not None]
+
+    @property
+    def accounted(self) -> bool:
+        """Whether its work is part of the result."""
+        return self.settings.budget is not None or bool(self.methods)
+
+    def prepare(self, loop: Loop) -> None:
+        """Count the model's layers and FLOPs; prepare the methods."""
+        super().prepare(loop)
+        self.loop, self.depth = loop, len(blocks(loop.model))
+        self.flops: Price = flops(*forward_parts(loop.model, self.settings.seq_len, self._head_share()))
+        self._price = self._reference()
+        for method in self.methods:
+            method.cram, method.loop = self, loop
+            method.prepare()
+
+    def _head_share(self) -> float:
+        """Share of tokens that the model's head is computed for."""
+        return self.settings.mask_rate if self.encoder and hasattr(self.loop.model, "masked_logits") else 1.0
+
+    def _reference(self) -> Price:
+        budget = self.settings.budget
+        if budget is None or budget.rst_hours is None or budget.reference == "flops":
+            rate = flop_rate()
+            return lambda kind, layers, sequences: self.flops(kind, layers, sequences) / rate
+        if budget.reference == "rtx3090":
+            return rtx3090
+        if budget.measured:
+            from pipeline_lib.artifacts.files import read_json
+
+            return Table(seconds=read_json(self._job.inputs["timing"] / "timing.json")["provenance"]["seconds"]).price
+        assert isinstance(budget.reference, Table)
+        return budget.reference.price
+
+    # -- what is spent -------------------------------------------------------------------------------------------------
+
+    def spent(self) -> float:
+        """What the work so far costs, in the budget's unit; steps where there is no `budget`."""
+        budget = self.settings.budget
+        if budget is None:
+            return float(self.loop.step)
+        if budget.rst_hours is not None:
+            return self.work.cost(self._price) / 3600
+        if budget.flops is not None:
+            return self.work.cost(self.flops)
+        return self.seconds / 3600
+
+    @property
+    def total(self) -> float:
+        """What may be spent, in the same unit."""
+        budget = self.settings.budget
+        if budget is None:
+            return float(self._steps)
+        total = budget.rst_hours or budget.flops or budget.wall_hours
+        assert total is not None  # one of them is given
+        return total
+
+    def progress(self, step: int) -> float:
+        """Share of the budget spent so far; between steps that is after `step` of them."""
+        return super().progress(step) if self.settings.budget is None else self.spent() / self.total
+
+    def lr_factor(self, step: int) -> float:
+        """The schedule where the budget stands when this step is done: its end meets the schedule's end."""
+        recipe = self.settings
+        if recipe.budget is None:
+            factor, progress = super().lr_factor(step), (step + 1) / self._steps
+        else:
+            ahead = self._last_seconds / 3600 / self.total if recipe.budget.wall_hours else 0.0
+            progress = self.progress(step) + ahead  # other work is charged already
+            factor = budget_lr_factor(progress, recipe.warmup_fraction or 0.0, recipe.decay, recipe.min_lr_factor)
+        for method in self.methods:
+            if method.lr is not None:
+                factor *= method.lr / recipe.lr
+            factor *= method.lr_factor(progress)
+        return factor
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Batch:
+        """The next `count` sequences of the training text, on the CPU and on every rank; they count as read."""
+        batch = self._text(self.place, count)
+        self.place += count
+        return batch
+
+    def _text(self, place: int, count: int) -> Batch:
+        """The sequences from `place` on; each has its own mask and is known by its `place` and its number."""
+        whole, loader, parts = self.settings.global_batch, self.loop.loader, []
+        while count:
+            step, first = divmod(place, whole)
+            size = min(count, whole - first)
+            part = self.batch(loader, step, first, size)
+            part["sequence"] = torch.from_numpy(loader.sequences(step, first, size))
+            part["place"] = torch.arange(place, place + size)
+            parts.append(part)
+            place, count = place + size, count - size
+        return joined(parts)
+
+    def read(self, loop: Loop, step: int) -> list[tuple[int, Batch]]:
+        """This rank's share of what the methods choose to train on, cut where the layers change."""
+        self._started = time.monotonic()
+        for method in self.methods:
+            method.before_step(step)
+        count = self.settings.global_batch
+        if self._draws:
+            drawn = self._draw(step, self.methods, count)
+            rows = [(first, rows_of(drawn, first, loop.sharing.micro_batch)) for first in loop.sharing.firsts()]
+        else:  # a rank need not read what others train on
+            rows = [
+                (first, self._text(self.place + first, loop.sharing.micro_batch)) for first in loop.sharing.firsts()
+            ]
+            self.place += count
+        self._charge(step, count)
+        size = self._piece()
+        return [(first + at, rows_of(batch, at, size)) for first, batch in rows for at in range(0, length(batch), size)]
+
+    def _draw(self, step: int, methods: Sequence[Method], count: int) -> Batch:
+        if not methods:
+            return self.fresh(count)
+        return methods[-1].draw(step, count, partial(self._draw, step, methods[:-1]))
+
+    def _piece(self) -> int:
+        """Sequences of a forward pass: a micro-batch, or what of it goes through the same layers."""
+        micro = self.loop.sharing.micro_batch
+        size = min([micro, *self._groups])
+        if any(whole % size for whole in (micro, *self._groups)):
+            raise UserError(
+                "a micro-batch holds parts of groups that go through different layers",
+                where="run.micro_batch",
+                value=micro,
+                allowed=f"divisors and multiples of {self._groups}",
+                fix="change micro_batch",
+            )
+        return size
+
+    def _charge(self, step: int, count: int) -> None:
+        size = min([count, *self._groups])
+        for first in range(0, count, size):
+            layers = len(self.active(step, first, training=True))
+            self.work.add("train", layers, min(size, count - first))
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def active(self, step: int, first: int = 0, training: bool = False) -> list[int]:
+        """The layers that sequences of a step go through."""
+        layers: Sequence[int] = range(self.depth)
+        for method in self.methods:
+            layers = method.layers(layers, step, first, training)
+        return list(layers)
+
+    def begin(self, step: int, first: int) -> None:
+        """Choose the layers of the next training pass."""
+        self._active = self.active(step, first, training=True)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """loss_B, through the chosen layers, weighed by the methods."""
+        with only(model, self._active):
+            loss_B = super().loss(model, batch)
+        for method in self.methods:
+            loss_B = method.weigh(batch, loss_B)
+        return loss_B
+
+    def shares(self, batch: Batch) -> list[tuple[int, Batch]]:
+        """This rank's micro-batches of a batch that every rank holds, on its device: (index of the first row, rows).
+
+        All ranks get as many; where the rows do not suffice, the last ones come again.
+        """
+        count, ranks, micro = length(batch), distributed.world(), self.loop.sharing.micro_batch
+        each = -(-count // ranks)
+        rows = torch.arange(distributed.rank() * each, (distributed.rank() + 1) * each).clamp(max=count - 1)
+        return [
+            (int(part[0]), self.loop.to_device({name: tensor[part] for name, tensor in batch.items()}))
+            for part in rows.split(micro)
+        ]
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, step: int) -> Tensor:
+        """Mean loss of each sequence's targets, fp32 on the CPU, the same on every rank; charged as forward passes.
+
+        Args:
+            batch: on the CPU, the same on every rank.
+        """
+        count = length(batch)
+        self.work.add("forward", len(self.active(step)), count, free=not self.settings.track_forward_pass_only)
+        return self._looked_at(batch, step)
+
+    @torch.no_grad()
+    def _looked_at(self, batch: Batch, step: int) -> Tensor:
+        loop, count, found = self.loop, length(batch), []
+        was_training = loop.model.training
+        loop.model.eval()
+        for first, rows in self.shares(batch):
+            torch.manual_seed(micro_seed(self.seed, step, first))
+            loop.context.begin(step, first % self.settings.global_batch)
+            with autocast(loop.device, self.settings.precision), only(loop.model, self.active(step)):
+                loss_B = TextHooks.loss(self, loop.model, rows)
+            targets_B = (rows["labels"] != IGNORED).sum(dim=1).clamp(min=1)
+            found.append(loss_B / targets_B)
+        loop.model.train(was_training)
+        return distributed.gathered(torch.cat(found))[:count]
+
+    # -- the engine's other questions ----------------------------------------------------------------------------------
+
+    def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of the method that brings one, or AdamW."""
+        matrices, others = self._decayed()
+        for method in self.methods:
+            found = method.optimizer(matrices, others)
+            if found is not None:
+                return found
+        recipe = self.settings
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
+        )
+
+    def _decayed(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(parameters that decay, those that do not)."""
+        groups: tuple[list[Tensor], list[Tensor]] = [], []
+        for name, parameter in self.loop.model.named_parameters():
+            if parameter.requires_grad:
+                decays = "bias" not in name if self.settings.decay_norms else parameter.ndim >= 2
+                groups[not decays].append(parameter)
+        return groups
+
+    def after_step(self, loop: Loop, step: int) -> None:
+        """Stop the clock; let the methods act; measure the validation loss where it is due."""
+        for method in self.methods:
+            method.after_step(step)
+        if self._started is not None:
+            self._last_seconds = distributed.from_first(time.monotonic() - self._started)
+            self.seconds, self._started = self.seconds + self._last_seconds, None
+        if self.settings.budget is not None:
+            loop.figures["progress"], loop.figures["spent"] = self.progress(step), self.spent()
+        self._validate(step)
+
+    def _validate(self, step: int) -> None:
+        every = self.settings.valid_every
+        if every is None:
+            return
+        due = int(self.spent() / every)
+        if due > self._valid_at or self.progress(step) >= 1:
+            self._valid_at = due
+            self.loop.figures["valid_loss"] = self.valid_loss(step)
+
+    def valid_loss(self, step: int) -> float:
+        """Mean loss of the validation split's first sequences, masked alike in every training; it costs nothing."""
+        batch = self._held_out(self.settings.valid_sequences)
+        targets_N = (batch["labels"] != IGNORED).sum(dim=1)
+        return float((self._looked_at(batch, step).double() * targets_N).sum() / targets_N.sum().clamp(min=1))
+
+    def result(self, loop: Loop) -> dict[str, Any]:
+        """What was read and done, and what it cost."""
+        if not self.accounted:
+            return {}
+        return {
+            "work": self.work.table(),
+            "flops": self.work.cost(self.flops),
+            "flops_not_charged": self.work.cost(self.flops, free=True),
+            **({"rst_hours": self.spent()} if self.settings.budget and self.settings.budget.rst_hours else {}),
+            "sequences_read": self.place,
+            "epochs": self.place / loop.loader.n_sequences,
+            "methods": {s.type: method.result() for s, method in zip(self.settings.methods, self.methods, strict=True)},  # type: ignore[attr-defined]
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Work, place in the text, clock, and what the methods remember."""
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {"work": self.work.table(), "place": self.place, "valid_at": self._valid_at}
+        values |= {"seconds": self.seconds, "last_seconds": self._last_seconds, "methods": []}
+        for number, method in enumerate(self.methods):
+            own, more = method.state()
+            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
+            values["methods"].append(more)
+        return tensors, values
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.work.load(values["work"])
+        self.place, self._valid_at = values["place"], values["valid_at"]
+        self.seconds, self._last_seconds = values["seconds"], values["last_seconds"]
+        for number, (method, more) in enumerate(zip(self.methods, values["methods"], strict=True)):
+            mark = f"{number}/"
+            method.load({name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}, more)
+
+
+def length(batch: Batch) -> int:
+    """Sequences of a batch."""
+    return len(batch["input_ids"])
+
+
+def rows_of(batch: Batch, first: int, count: int) -> Batch:
+    """Rows first … first+count-1."""
+    return {name: tensor[first : first + count] for name, tensor in batch.items()}
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch after another."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
