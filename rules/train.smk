@@ -51,9 +51,14 @@ rule timing:
         "results/logs/timing/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("timing", "threads", 1)
     resources:
-        gpu=1,
-        **slurm_only(slurm_extra=slurm_options("timing")),
+        gpu=one_gpu("timing"),
+        mem_mb=memory("timing", "mem_mb", 4000),
+        **slurm_only(
+            runtime=run_setting("timing", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("timing"),
+        ),
     shell:
         STAGE
 

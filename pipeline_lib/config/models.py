@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline_lib.config.base import Settings
+from pipeline_lib.config.base import Settings, added
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -56,15 +56,26 @@ class Bert(Settings):
     heads: PositiveInt = Field(description="attention heads; must divide dim")
     ffn: PositiveInt = Field(description="hidden width of the feed-forward block")
     norm_eps: float = Field(default=1e-12, gt=0, description="epsilon of LayerNorm")
+    crammed: bool = added(
+        False,
+        "the crammed BERT: norms before, gated feed-forward (ffn: value and gate together), no biases, sinusoidal "
+        "positions, decoder for masked tokens alone",
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> Bert:
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim: {self.heads} does not divide {self.dim}")
+        if self.crammed and self.ffn % 2:
+            raise ValueError(f"ffn of a crammed BERT is half value and half gate, and {self.ffn} is odd")
         return self
 
     def parameters(self, vocab: int) -> tuple[int, int]:
         """(all parameters without position embeddings, those without the word embedding)."""
+        if self.crammed:
+            block = 4 * self.dim * self.dim + 3 * self.dim * self.ffn // 2 + 4 * self.dim
+            rest = self.layers * block + self.dim * self.dim + 4 * self.dim + 1
+            return rest + vocab * self.dim, rest
         block = 4 * (self.dim * self.dim + self.dim) + 2 * self.dim * self.ffn + self.ffn + self.dim + 4 * self.dim
         head = self.dim * self.dim + self.dim + 2 * self.dim + vocab
         rest = self.layers * block + head + 4 * self.dim

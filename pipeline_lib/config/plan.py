@@ -95,6 +95,8 @@ class Plan:
                 return self._table(stem, f"target {target}"), f"table.{kind}"
             if folder == "publish" and kind == "json":
                 return self.publish(self.resolver.experiments.get(stem)), "publish.json"
+            if file == "timing.json" and "timing" not in self.config.tasks:
+                return self.resolver.timing(self.resolver.experiments.get(folder)), file
             if kind == "json" or (stem in self.config.tasks and kind in self._endings(stem)):
                 return self.resolver.result(self.resolver.experiments.get(folder), stem), f"result.{kind}"
         raise UserError(
@@ -102,8 +104,8 @@ class Plan:
             where="target",
             value=target,
             allowed="results/<experiment>/<task>.json (and .md, … of tasks that leave records), "
-            "results/sweeps/<sweep>.csv, .svg or .png, results/tables/<table or comparison>.csv or .md, "
-            "results/publish/<experiment>.json, results/report.html",
+            "results/<experiment>/timing.json, results/sweeps/<sweep>.csv, .svg or .png, "
+            "results/tables/<table or comparison>.csv or .md, results/publish/<experiment>.json, results/report.html",
             fix="see `experiments:`, `tasks:`, `sweeps:`, `tables:` and `comparisons:` in config.yaml",
         )
 

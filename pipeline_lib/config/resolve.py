@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration, teachers
+from pipeline_lib.config import calibration, teachers, timing
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -92,9 +92,8 @@ class Resolver:
         entry = self.config.tokenizers[name]
         if entry.train is not None:
             inputs = {"dataset": self.dataset(entry.train.dataset)}
-            return make_node(
-                "tokenizer", f"bpe-{entry.train.vocab_size}", {"train": {"vocab_size": entry.train.vocab_size}}, inputs
-            )
+            train = {key: value for key, value in entry.train.semantic().items() if key != "dataset"}
+            return make_node("tokenizer", f"{entry.train.kind}-{entry.train.vocab_size}", {"train": train}, inputs)
         assert entry.hub is not None
         asset = self.asset(entry.hub, entry.revision, list(TOKENIZER_FILES))
         hub = {"repo": entry.hub, "revision": asset.settings["revision"]}
@@ -169,12 +168,18 @@ class Resolver:
         if exp.teacher is not None:
             inputs["teacher"] = teachers.records(self, exp)
             inputs["teacher-model"] = inputs["teacher"].inputs["model"]
+        if getattr(getattr(exp.recipe, "budget", None), "measured", False):
+            inputs["timing"] = timing.of_experiment(self, exp)
         if exp.losses is not None:
             inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
         if "init" in inputs:
             inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}
         return make_node("train", weights_label(settings), settings, inputs, self.execution(exp))
+
+    def timing(self, exp: Resolved) -> Node:
+        """This machine's times of an experiment's passes."""
+        return timing.of_experiment(self, exp)
 
     def dataset_of(self, exp: Resolved) -> str:
         """The name of the dataset that an experiment is trained on.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline_lib.config.base import Settings
+from pipeline_lib.config.base import Settings, added
 from pipeline_lib.config.models import Bert, Llama, Mistral
 
 PluginSettings = dict[str, Any]
@@ -43,16 +43,19 @@ class Run(Settings):
 
 
 class TrainedTokenizer(Settings):
-    """A byte-level BPE tokenizer trained on a dataset's train split."""
+    """A tokenizer trained on a dataset's train split."""
 
     dataset: str = Field(description="name of a dataset")
     vocab_size: int = Field(ge=259, le=2**20, description="entries of the vocabulary, special tokens included (≥ 259)")
+    kind: Literal["bpe", "wordpiece"] = added(
+        "bpe", "bpe: of bytes, any text can be written; wordpiece: lower-case ASCII, for encoders"
+    )
 
 
 class Tokenizer(Settings):
     """Trained here, or taken from the hub."""
 
-    train: TrainedTokenizer | None = Field(default=None, description="train one: {dataset, vocab_size}")
+    train: TrainedTokenizer | None = Field(default=None, description="train one: {dataset, vocab_size, kind}")
     hub: str | None = Field(default=None, description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
     vocab: int | None = Field(

@@ -39,6 +39,5 @@ STAGES: dict[str, Stage] = {
 
 # In the schema and the DAG already, but nothing stands behind them yet: asking is an error at planning time.
 NOT_BUILT: dict[str, str] = {
-    "timing": "reference timing is not built yet",
     "score": "per-example losses are not built yet",
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
+from pipeline_lib.config.base import added
 from pipeline_lib.config.errors import UserError, closest
 from pipeline_lib.data.documents import SourceSettings
 
@@ -36,6 +37,8 @@ class TableSettings(SourceSettings):
     separator: str | None = Field(
         None, min_length=1, description="txt files: what stands between documents; default: a file is one document"
     )
+
+    lines: bool = added(False, "json files: one object a line, as in jsonl; false: a list of objects")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -111,13 +114,18 @@ def _jsonl(settings: TableSettings, path: Path, where: str) -> Iterator[pa.Table
 
 
 def _json(settings: TableSettings, path: Path, where: str) -> Iterator[pa.Table]:
+    if settings.lines:
+        yield from _jsonl(settings, path, where)
+        return
     with _text(path) as file:
         try:
             rows = json.load(file)
         except ValueError as error:
             raise UserError(f"not valid JSON: {error}", where=where, fix="give an intact file") from None
     if not isinstance(rows, list):
-        raise UserError("must hold a list of objects", where=where, fix="use jsonl, or a list at the top")
+        raise UserError(
+            "must hold a list of objects", where=where, fix="use jsonl, a list at the top, or `lines: true`"
+        )
     yield from _rows_to_tables(settings, rows, where)
 
 

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SPECIAL: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+WORDPIECE_TOKENS = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")
+"""Special tokens of a WordPiece tokenizer; their ids are their places here, whatever it is trained on."""
+WORDPIECE_SPECIAL: dict[str, Any] = {
+    "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>",
+    "bos_token": "<cls>", "eos_token": "<sep>",
+}  # fmt: skip
 TRAINED_ON_BYTES = 256 * 2**20  # of text at most: a larger sample no longer changes common merges, but costs memory
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -30,8 +37,9 @@ def build(job: Job) -> None:
         UserError: the hub repository has no fast tokenizer, or nothing that ends a document.
     """
     if "train" in job.settings:
-        tokenizer = train(job.inputs["dataset"], job.settings["train"]["vocab_size"])
-        special: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        given = job.settings["train"]
+        make, special = (train, SPECIAL) if given.get("kind", "bpe") == "bpe" else (train_wordpiece, WORDPIECE_SPECIAL)
+        tokenizer = make(job.inputs["dataset"], given["vocab_size"])
     else:
         origin = f"models/{job.settings['hub']['repo']}" if "hub" in job.settings else job.label
         tokenizer, special = from_files(job.inputs["asset"] / "files", origin)
@@ -74,6 +82,58 @@ def train(dataset: Path, vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
     if size(tokenizer) < vocab_size:
         say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
+    return tokenizer
+
+
+def train_wordpiece(dataset: Path, vocab_size: int) -> Tokenizer:
+    """A WordPiece tokenizer with `vocab_size` entries, special tokens included, from the train split.
+
+    Text is normalised as by Geiping and Goldstein, 2022 (arXiv 2212.14034, section 4.1): TeX's quotes to plain ones, no
+    accents, lower case, single spaces, printable ASCII alone; words and runs of punctuation are cut apart. A sentence
+    becomes <cls> A <sep>, a pair <cls> A <sep> B <sep>; packed documents are <cls> text <sep>.
+    """
+    from tokenizers import trainers
+
+    # The trainer numbers "##x" in the order of a hash table, which differs from run to run, and breaks ties by number:
+    # so they are numbered here, and what it takes for special is made plain again.
+    alphabet = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    inside = [f"##{character}" for character in alphabet]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*WORDPIECE_TOKENS, *inside],
+        initial_alphabet=alphabet,
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    trained = _wordpiece({token: number for number, token in enumerate(WORDPIECE_TOKENS)})
+    trained.train_from_iterator(_texts(dataset, TRAINED_ON_BYTES), trainer)
+    tokenizer = _wordpiece(trained.get_vocab(with_added_tokens=True))
+    if size(tokenizer) < vocab_size:
+        say(f"tokenizer: the text gives only {size(tokenizer)} of {vocab_size} entries; the others stay unused")
+    return tokenizer
+
+
+def _wordpiece(vocab: dict[str, int]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer.add_special_tokens(list(WORDPIECE_TOKENS))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace("``", '"'),
+        normalizers.Replace("''", '"'),
+        normalizers.NFD(),
+        normalizers.Lowercase(),
+        normalizers.StripAccents(),
+        normalizers.Replace(Regex(r"[^\x20-\x7E\s]+"), ""),
+        normalizers.Replace(Regex(" {2,}"), " "),
+    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>",
+        pair="<cls> $A <sep> $B:1 <sep>:1",
+        special_tokens=[(token, WORDPIECE_TOKENS.index(token)) for token in ("<cls>", "<sep>")],
+    )
     return tokenizer
 
 

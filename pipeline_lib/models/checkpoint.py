@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ def load_model(directory: Path, dtype: str = "float32", auto_class: str | None =
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, allowed=DTYPES)
     transformers.utils.logging.disable_progress_bar()
+    _register_own(directory)
     name = auto_class or auto_class_of(read_json(directory / "config.json"))
     model, report = getattr(transformers, name).from_pretrained(
         directory,
@@ -84,7 +86,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a local directory."""
     from transformers import AutoTokenizer
 
+    _register_own(directory)
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _register_own(directory: Path) -> None:
+    """Make transformers know a model class of ours, if the checkpoint is of one."""
+    path = directory / "config.json"
+    if path.is_file() and read_json(path).get("model_type") == "crammed_bert":
+        importlib.import_module("pipeline_lib.models.crammed_bert")
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -159,7 +159,8 @@ def _configuration(job: Job) -> tuple[PretrainedConfig, str]:
     model = job.settings["model"]
     if model["family"] not in ("hub", "local"):
         family = family_module(model["family"])
-        return family.config(model), family.ARCHITECTURE
+        named = getattr(family, "architecture", None)
+        return family.config(model), named(model) if named else family.ARCHITECTURE
     # The engine that trained a hub or local checkpoint leaves its configuration beside the weights.
     config = AutoConfig.from_pretrained(job.inputs["train"], local_files_only=True, trust_remote_code=False)
     (architecture,) = config.architectures or []

@@ -11,7 +11,7 @@ from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens
 from pipeline_lib.data.tokens import TokenShards
 from pipeline_lib.models.checkpoint import load_tokenizer
 from pipeline_lib.training.hooks import Batch, Hooks
-from pipeline_lib.training.losses import cross_entropy_per_example
+from pipeline_lib.training.losses import IGNORED, cross_entropy_per_example
 
 if TYPE_CHECKING:
     from pipeline_lib.artifacts.job import Job
@@ -74,4 +74,14 @@ class TextHooks(Hooks):
         """Cross entropy of each sequence's targets."""
         if not self.encoder:
             return super().loss(model, batch)
+        if hasattr(model, "masked_logits"):
+            return self._sparse_loss(model, batch)
         return cross_entropy_per_example(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+    def _sparse_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same of a model that decodes only the tokens it is asked for."""
+        labels_BT = batch["labels"]
+        at_BT = labels_BT != IGNORED
+        logits_NV = model(input_ids=batch["input_ids"], at=at_BT).logits
+        loss_N = cross_entropy_per_example(logits_NV[:, None], labels_BT[at_BT][:, None])
+        return loss_N.new_zeros(len(labels_BT)).index_add(0, at_BT.nonzero()[:, 0], loss_N)
