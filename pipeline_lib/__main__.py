@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from pipeline_lib.config.errors import Stopped, UserError
 
@@ -16,6 +17,7 @@ COMMANDS = {
     "prune": "list (or --delete) artifacts that nothing in config.yaml refers to",
     "digest": "one SHA-256 over weights, tokens, records, CSV and results",
     "pin": "look up the commits of all hub ids in config.yaml and write hub.lock.json",
+    "import-losses": "published per-example losses for rho-loss, from pickles that can do nothing",
     "track": "a Trainer's trainer_state.json as JSONL, and to wandb, at its true steps",
     "versions": "check stage_versions.lock against the code",
     "demo": "(used by make demo) the 2×2 table, and where everything lies",
@@ -37,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("source", type=Path)
             command.add_argument("view", type=Path)
         else:
-            importlib.import_module(f"pipeline_lib.cli.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     return parser
 
 
@@ -52,7 +54,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         artifact = arguments.source.parent
         return 0 if copy_view(arguments.source, arguments.view, spec_path(artifact.parent.name, artifact.name)) else 65
-    return importlib.import_module(f"pipeline_lib.cli.{arguments.command}").run(arguments)
+    return _module(arguments.command).run(arguments)
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"pipeline_lib.cli.{command.replace('-', '_')}")
 
 
 def main() -> int:

@@ -72,9 +72,14 @@ rule score:
         "results/logs/score/{id}.log",
     conda:
         "../envs/train.yaml"
+    threads: run_setting("score", "threads", 1)
     resources:
-        gpu=1,
-        **slurm_only(slurm_extra=slurm_options("score")),
+        gpu=one_gpu("score"),
+        mem_mb=memory("score", "eval_mem_mb", 8000),
+        **slurm_only(
+            runtime=run_setting("score", "eval_runtime_min", 60),
+            slurm_extra=slurm_options("score"),
+        ),
     shell:
         STAGE
 

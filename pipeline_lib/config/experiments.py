@@ -99,7 +99,7 @@ class Experiments:
         """`entry` with every default filled in; `chain` is the way here through `from` and its like."""
         where = self.where(name)
         for key, other in (("from", entry.from_), ("teacher", entry.teacher), ("losses", entry.losses)):
-            if other is not None and not (key == "teacher" and other in self.config.models):
+            if isinstance(other, str) and not (key == "teacher" and other in self.config.models):
                 self._edge(other, f"{where}.{key}", chain)
         base = self.get(entry.from_, chain) if entry.from_ else None
         model_name = self._model_name(entry, base, where)
@@ -132,7 +132,7 @@ class Experiments:
                 value=recipe_name,
                 fix="use finetune or none, or a model of dimensions",
             )
-        check_complete(entry, module, recipe_name, bool(base or model.trained), where)
+        check_complete(entry, module, recipe_name, recipe, bool(base or model.trained), where)
         return Resolved(
             name=name, model_name=model_name, model=model, transform=_listed(transforms), transform_settings=transforms,
             recipe_name=recipe_name, recipe=recipe, recipe_module=module,

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.fingerprint import fingerprint
 from pipeline_lib.config.names import slug
-from pipeline_lib.config.stages import NOT_BUILT, STAGES
+from pipeline_lib.config.stages import STAGES
 
 STORE = Path("results/store")
 SPECS = Path("results/specs")
@@ -66,21 +65,12 @@ def make_node(
     settings: dict[str, Any],
     inputs: dict[str, Node],
     execution: dict[str, Any] | None = None,
-    where: str = "",
 ) -> Node:
     """A node with its fingerprint.
 
     Raises:
-        UserError: nothing stands behind the stage yet, or a setting cannot enter a fingerprint.
+        UserError: a setting cannot enter a fingerprint.
     """
-    if stage in NOT_BUILT:
-        raise UserError(
-            NOT_BUILT[stage],
-            where=where,
-            value=stage,
-            allowed=sorted(set(STAGES) - set(NOT_BUILT)),
-            fix="choose settings that do not need it",
-        )
     mark = fingerprint(
         {
             "stage": stage,

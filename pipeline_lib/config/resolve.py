@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration, teachers, timing
+from pipeline_lib.config import calibration, losses, teachers, timing
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
@@ -154,7 +154,6 @@ class Resolver:
 
     def train(self, exp: Resolved) -> Node:
         """The trained weights of an experiment."""
-        where = self.experiments.where(exp.name)
         recipe, needed = self.recipe(exp)
         tokenizer = self.model_tokenizer(exp)
         model = self.architecture(exp, recipe["seq_len"])
@@ -171,7 +170,7 @@ class Resolver:
         if getattr(getattr(exp.recipe, "budget", None), "measured", False):
             inputs["timing"] = timing.of_experiment(self, exp)
         if exp.losses is not None:
-            inputs["losses"] = make_node("score", exp.losses, {}, {}, where=f"{where}.losses")
+            inputs["losses"] = losses.of_sequences(self, exp, inputs["tokens"], recipe["seq_len"])
         if "init" in inputs:
             inputs |= calibration.of_training(self, exp, inputs["init"], inputs.get("teacher"))
         settings = {"model": model, "transform": exp.transform, "recipe": recipe, "seed": exp.seed}

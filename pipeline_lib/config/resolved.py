@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError
-from pipeline_lib.config.schema import Experiment, Model
+from pipeline_lib.config.registry import METHODS
+from pipeline_lib.config.schema import Experiment, ImportedLosses, Model
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Resolved:
     dataset: str | None
     from_: str | None
     teacher: str | None
-    losses: str | None
+    losses: str | ImportedLosses | None
     seed: int
     tasks: list[str]
     publish: str | None
@@ -58,14 +59,25 @@ def family_of(model: Model) -> str:
     return model.trained.family
 
 
-def check_complete(entry: Experiment, module: ModuleType, recipe: str, has_weights: bool, where: str) -> None:
-    """Make sure that an experiment names what its recipe starts from and learns from.
+def check_complete(
+    entry: Experiment, module: ModuleType, recipe: str, settings: Settings, has_weights: bool, where: str
+) -> None:
+    """Make sure that an experiment names what its recipe and the recipe's methods start from and learn from.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or it names losses that nothing reads.
     """
     given = {"from": has_weights, "teacher": entry.teacher is not None, "losses": entry.losses is not None}
-    for key in getattr(module, "NEEDS", ()):
+    methods = [METHODS.load(method.type) for method in getattr(settings, "methods", ())]
+    needed = [key for part in (module, *methods) for key in getattr(part, "NEEDS", ())]
+    if given["losses"] and "losses" not in needed:
+        raise UserError(
+            f"recipe {recipe} reads no losses",
+            where=f"{where}.losses",
+            value=entry.losses,
+            fix="remove `losses`, or use the method rho-loss of recipe cram",
+        )
+    for key in needed:
         if not given[key]:
             raise UserError(
                 f"recipe {recipe} needs {'weights to start from' if key == 'from' else f'`{key}`'}",

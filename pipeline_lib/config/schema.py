@@ -81,6 +81,9 @@ class Split(Settings):
 
     valid: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of validation documents")
     test: float | int = Field(default=0.01, ge=0, description="share (below 1) or number of test documents")
+    holdout: float = added(
+        0.0, "share of documents kept apart for a model whose losses choose what others learn", ge=0, lt=1
+    )
 
 
 class Dataset(Settings):
@@ -145,6 +148,12 @@ class Model(Settings):
         return self.hub or self.local
 
 
+class ImportedLosses(Settings):
+    """What `python -m pipeline_lib import-losses` wrote."""
+
+    folder: str = Field(description="folder on this machine")
+
+
 class Experiment(Settings):
     """model × transform × recipe × dataset."""
 
@@ -162,7 +171,10 @@ class Experiment(Settings):
         default=None, alias="from", description="experiment whose checkpoint this one starts from"
     )
     teacher: str | None = Field(default=None, description="experiment or hub model whose outputs this one learns")
-    losses: str | None = Field(default=None, description="experiment whose per-example losses this one uses")
+    losses: str | ImportedLosses | None = Field(
+        default=None,
+        description="experiment whose model gives the loss of each training sequence, or {folder} of imported ones",
+    )
     seed: int = Field(
         default=0, ge=0, le=2**31 - 1, description="seed of initialisation, data order and training faults"
     )

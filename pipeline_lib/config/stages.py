@@ -36,8 +36,3 @@ STAGES: dict[str, Stage] = {
     "report": Stage(1),
     "publish": Stage(1, network=True),
 }
-
-# In the schema and the DAG already, but nothing stands behind them yet: asking is an error at planning time.
-NOT_BUILT: dict[str, str] = {
-    "score": "per-example losses are not built yet",
-}

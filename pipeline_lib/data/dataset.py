@@ -20,7 +20,7 @@ from pipeline_lib.config.registry import SOURCES
 from pipeline_lib.config.validate import validate
 from pipeline_lib.data.documents import SPLITS, Source, SourceSettings, Unit, place
 from pipeline_lib.data.parquet import GroupedWriter, text_bytes
-from pipeline_lib.data.splits import Bounds, counted, hashes, shares
+from pipeline_lib.data.splits import Bounds, counted, hashes, names, shares
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Record:
     """
 
     unit: str
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
     empty: int = 0
     files: dict[str, list[Any]] = field(default_factory=dict)
     full: bool = False
@@ -53,7 +53,7 @@ def build(job: Job) -> None:
     assert isinstance(settings, SourceSettings)
     source = settings.open(job.work / "source")
     units = source.units()
-    bounds = _bounds(job, source, units)
+    bounds, splits = _bounds(job, source, units), names(job.settings["split"])
     limit = job.settings["max_bytes"]
     records: list[Record] = []
     with Progress("documents", limit, "B") if limit else Progress("files", len(units), "file") as progress:
@@ -61,7 +61,7 @@ def build(job: Job) -> None:
             taken = sum(sum(record.bytes.values()) for record in records)
             left = None if limit is None else limit - taken
             folder = job.work / "units" / f"{index:05d}"
-            record = _kept(folder, unit) or _convert(source, unit, bounds, job.settings["seed"], left, folder)
+            record = _kept(folder, unit) or _convert(source, unit, splits, bounds, job.settings["seed"], left, folder)
             source.release(unit)
             records.append(record)
             progress.update(sum(record.bytes.values()) if limit else 1)
@@ -125,13 +125,15 @@ def _kept(folder: Path, unit: Unit) -> Record | None:
     return None
 
 
-def _convert(source: Source, unit: Unit, bounds: Bounds, seed: int, left: int | None, folder: Path) -> Record:
-    """Write one unit as <folder>/{train,valid,test}.parquet; the folder appears at once, by rename."""
+def _convert(
+    source: Source, unit: Unit, splits: tuple[str, ...], bounds: Bounds, seed: int, left: int | None, folder: Path
+) -> Record:
+    """Write one unit as <folder>/<split>.parquet for each split; the folder appears at once, by rename."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    record = Record(unit.name)
-    writers = {split: GroupedWriter(temporary / f"{split}.parquet") for split in SPLITS}
+    record = Record(unit.name, dict.fromkeys(splits, 0), dict.fromkeys(splits, 0))
+    writers = {split: GroupedWriter(temporary / f"{split}.parquet") for split in splits}
     for table, full in _up_to(_texts(source, unit, record), left):
         record.full = full
         if unit.split is not None:
@@ -140,7 +142,7 @@ def _convert(source: Source, unit: Unit, bounds: Bounds, seed: int, left: int | 
             assigned = bounds.assign(hashes(_keys(table), seed))
         if "group" in table.schema.names:
             table = table.drop_columns("group")
-        for index, split in enumerate(SPLITS):
+        for index, split in enumerate(splits):
             part = table.filter(pa.array(assigned == index))
             writers[split].add(part)
             record.documents[split] += part.num_rows
@@ -156,7 +158,8 @@ def _convert(source: Source, unit: Unit, bounds: Bounds, seed: int, left: int | 
 
 
 def _publish(job: Job, source: Source, units: list[Unit], records: list[Record]) -> None:
-    numbers: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    splits = names(job.settings["split"])
+    numbers = dict.fromkeys(splits, 0)
     for index, record in enumerate(records):
         for split in record.files:
             place(
@@ -164,8 +167,8 @@ def _publish(job: Job, source: Source, units: list[Unit], records: list[Record])
                 job.out / f"{split}-{numbers[split]:05d}.parquet",
             )
             numbers[split] += 1
-    documents = {split: sum(record.documents[split] for record in records) for split in SPLITS}
-    sizes = {split: sum(record.bytes[split] for record in records) for split in SPLITS}
+    documents = {split: sum(record.documents[split] for record in records) for split in splits}
+    sizes = {split: sum(record.bytes[split] for record in records) for split in splits}
     limit = job.settings["max_bytes"]
     if documents["train"] == 0:
         raise UserError(
@@ -173,7 +176,7 @@ def _publish(job: Job, source: Source, units: list[Unit], records: list[Record])
         )
     if limit is not None and not records[-1].full:
         say(f"the source holds {sum(sizes.values())} bytes of text, fewer than the {limit} asked for: all are taken")
-    say(", ".join(f"{split} {documents[split]} documents, {sizes[split] / 1e6:.2f} MB" for split in SPLITS))
+    say(", ".join(f"{split} {documents[split]} documents, {sizes[split] / 1e6:.2f} MB" for split in splits))
     empty = sum(record.empty for record in records)
     result = {"documents": documents, "bytes": sizes, "without_text": empty, "source": source.origin(units)}
     write_json(job.out / "dataset.json", {"result": result, "provenance": {}})

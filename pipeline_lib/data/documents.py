@@ -18,7 +18,8 @@ from pipeline_lib.config.base import Settings
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test", "holdout")
+"""`holdout` is for a model whose losses choose what others are trained on; most datasets have none."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def hide_tokens(
     return torch.where(target_T, shown_T, text_T), torch.where(target_T, text_T, IGNORED)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, Tensor]:
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, Tensor]:
     """(id of the token that hides others, ids of all special tokens).
 
     Where the tokenizer has no mask token, its padding token serves: packed text contains none.

@@ -55,7 +55,7 @@ def build(job: Job) -> None:
     shards: dict[str, list[Shard]] = {}
     sizes = read_json(job.inputs["dataset"] / "dataset.json")["result"]["bytes"]
     with Progress("tokens", sum(sizes.values()), "B") as progress:
-        for split in SPLITS:
+        for split in (name for name in SPLITS if name in sizes):
             limit = job.settings["max_tokens"] if split == "train" else None
             groups = _RowGroups(sorted(job.inputs["dataset"].glob(f"{split}-*.parquet")))
             packer = _Packer(tokenizer, info, dtype, job.work / "shards", split, limit, progress)
@@ -163,7 +163,7 @@ def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def _publish(job: Job, info: dict[str, Any], dtype: np.dtype[Any], shards: dict[str, list[Shard]]) -> None:
-    counts = {split: sum(shard.tokens for shard in shards[split]) for split in SPLITS}
+    counts = {split: sum(shard.tokens for shard in shards[split]) for split in shards}
     limit = job.settings["max_tokens"]
     if counts["train"] == 0:
         raise UserError("no tokens for training", where="tokens", value=counts, fix="give a dataset with a train split")
@@ -172,12 +172,12 @@ def _publish(job: Job, info: dict[str, Any], dtype: np.dtype[Any], shards: dict[
     for found in shards.values():
         for shard in found:
             place(job.work / "shards" / shard.file, job.out / shard.file)
-    say(", ".join(f"{split} {counts[split]} tokens" for split in SPLITS))
+    say(", ".join(f"{split} {counts[split]} tokens" for split in shards))
     result = {
         **info,
         "dtype": dtype.name,
         "tokens": counts,
-        "documents": {split: sum(shard.documents for shard in shards[split]) for split in SPLITS},
+        "documents": {split: sum(shard.documents for shard in shards[split]) for split in shards},
         "shards": {
             split: [{key: getattr(shard, key) for key in ("file", "tokens", "documents", "sha256")} for shard in found]
             for split, found in shards.items()

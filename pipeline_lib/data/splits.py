@@ -16,16 +16,18 @@ WHOLE = 2**64
 
 @dataclass(frozen=True)
 class Bounds:
-    """Hashes below `test` are test documents, those from there to below `valid` validation, the rest training."""
+    """Hashes below `test` are test documents, those from there to below `valid` validation, from there to below
+    `holdout` the holdout, the rest training."""
 
     test: int
     valid: int
+    holdout: int = 0
 
     def assign(self, hashes: np.ndarray) -> np.ndarray:
-        """Index into SPLITS (train, valid, test) for each uint64 hash; int8 of the same shape."""
+        """Index into SPLITS for each uint64 hash; int8 of the same shape."""
         found = np.full(hashes.shape, SPLITS.index("train"), np.int8)
         # Compared with the last hash that belongs to a split: an upper bound of 2**64 fits no uint64.
-        for name, bound in (("valid", self.valid), ("test", self.test)):
+        for name, bound in (("holdout", self.holdout), ("valid", self.valid), ("test", self.test)):
             if bound > 0:
                 found[hashes <= np.uint64(bound - 1)] = SPLITS.index(name)
         return found
@@ -37,11 +39,17 @@ def hashes(keys: Iterable[str], seed: int) -> np.ndarray:
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
+def names(split: dict[str, float | int]) -> tuple[str, ...]:
+    """The splits that a dataset has."""
+    return SPLITS if split.get("holdout") else SPLITS[:3]
+
+
 def shares(split: dict[str, float | int]) -> Bounds | None:
     """The bounds of a split that is given in shares; None when a part of it is a number of documents."""
     if any(isinstance(size, int) and size > 0 for size in split.values()):
         return None
-    return Bounds(_share(split["test"]), min(_share(split["test"]) + _share(split["valid"]), WHOLE))
+    end_of_valid = min(_share(split["test"]) + _share(split["valid"]), WHOLE)
+    return Bounds(_share(split["test"]), end_of_valid, _end_of_holdout(split, end_of_valid))
 
 
 def counted(split: dict[str, float | int], batches: Iterable[np.ndarray], where: str) -> Bounds:
@@ -64,7 +72,12 @@ def counted(split: dict[str, float | int], batches: Iterable[np.ndarray], where:
         )
     end_of_test = int(smallest[int(test)]) if test is not None else start
     end_of_valid = int(smallest[needed - 1]) if valid is not None else min(end_of_test + _share(split["valid"]), WHOLE)
-    return Bounds(end_of_test, end_of_valid)
+    return Bounds(end_of_test, end_of_valid, _end_of_holdout(split, end_of_valid))
+
+
+def _end_of_holdout(split: dict[str, float | int], end_of_valid: int) -> int:
+    share = split.get("holdout", 0)
+    return min(end_of_valid + _share(share), WHOLE) if share else 0
 
 
 def _share(share: float | int) -> int:

@@ -31,12 +31,20 @@ class TokenShards:
         """Map the shards of `split`.
 
         Raises:
-            UserError: a shard is missing, or its size is not the one in tokens.json.
+            UserError: no such split; a shard is missing, or its size is not the one in tokens.json.
         """
         self.artifact, self.split = artifact, split
         self.info: dict[str, Any] = read_json(artifact / "tokens.json")["result"]
         self.vocab_size: int = self.info["vocab_size"]
         self.bos, self.eos, self.pad = (self.info[role] for role in ("bos", "eos", "pad"))
+        if split not in self.info["shards"]:
+            raise UserError(
+                "the tokens have no such split",
+                where=str(artifact),
+                value=split,
+                allowed=list(self.info["shards"]),
+                fix=f"give the dataset's `split` a `{split}`",
+            )
         self._files = [artifact / shard["file"] for shard in self.info["shards"][split]]
         lengths = [shard["tokens"] for shard in self.info["shards"][split]]
         self._shards = [self._map(path, "tokens") for path in self._files]

@@ -128,7 +128,7 @@ def make(artifact: Path, spec: dict[str, Any], inputs: dict[str, Path], threads:
     out.mkdir(parents=True)
     if threads is not None:
         execution["threads"] = threads
-    if stage in ("train", "teacher", "clip", "timing", "evaluate"):
+    if stage in ("train", "teacher", "clip", "timing", "score", "evaluate"):
         claim_gpus(max(1, execution.get("gpus") or 1) if stage in ("train", "teacher") else 1)
     if stage in ("train", "teacher"):
         execution["processes"] = processes(execution)

@@ -88,7 +88,7 @@ class Loop:
         self._resume()
 
     def _shards(self) -> BatchLoader:
-        shards = TokenShards(self.job.inputs["tokens"], "train")
+        shards = TokenShards(self.job.inputs["tokens"], getattr(self.settings, "split", "train"))
         return BatchLoader(shards, self.settings.seq_len, self.settings.global_batch, self.seed)
 
     def _place(self) -> None:

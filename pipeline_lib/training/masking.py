@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens
+from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens_of
 from pipeline_lib.data.tokens import TokenShards
 from pipeline_lib.models.checkpoint import load_tokenizer
 from pipeline_lib.training.hooks import Batch, Hooks
@@ -40,8 +40,7 @@ class TextHooks(Hooks):
         self.encoder = type(loop.model).__name__.endswith("ForMaskedLM")
         if self.encoder:
             self._vocab: int = loop.model.config.vocab_size
-            tokenizer = load_tokenizer(self._job.inputs["tokenizer"])
-            self._mask, self._special = special_tokens(tokenizer, f"{self._job.label}: tokenizer")
+            self._mask, self._special = special_tokens(self._job)
 
     def batch(self, loader: BatchLoader, step: int, first: int, count: int) -> Batch:
         """The text as it is, or with tokens hidden and only these as labels."""
@@ -74,14 +73,27 @@ class TextHooks(Hooks):
         """Cross entropy of each sequence's targets."""
         if not self.encoder:
             return super().loss(model, batch)
-        if hasattr(model, "masked_logits"):
-            return self._sparse_loss(model, batch)
-        return cross_entropy_per_example(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+        return masked_loss(model, batch)
 
-    def _sparse_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The same of a model that decodes only the tokens it is asked for."""
-        labels_BT = batch["labels"]
-        at_BT = labels_BT != IGNORED
-        logits_NV = model(input_ids=batch["input_ids"], at=at_BT).logits
-        loss_N = cross_entropy_per_example(logits_NV[:, None], labels_BT[at_BT][:, None])
-        return loss_N.new_zeros(len(labels_BT)).index_add(0, at_BT.nonzero()[:, 0], loss_N)
+
+def masked_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """loss_B of an encoder: fp32, summed over each sequence's targets."""
+    if not hasattr(model, "masked_logits"):
+        return cross_entropy_per_example(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+    labels_BT = batch["labels"]
+    at_BT = labels_BT != IGNORED
+    loss_N = cross_entropy_per_example(logits_at(model, batch["input_ids"], at_BT)[:, None], labels_BT[at_BT][:, None])
+    return loss_N.new_zeros(len(labels_BT)).index_add(0, at_BT.nonzero()[:, 0], loss_N)
+
+
+def logits_at(model: nn.Module, input_BT: Tensor, at_BT: Tensor, encoder: bool = True) -> Tensor:
+    """logits_NV at the chosen positions, one after another; a model that can decodes no others."""
+    if hasattr(model, "masked_logits"):
+        return model(input_ids=input_BT, at=at_BT).logits
+    more = {} if encoder else {"use_cache": False}
+    return model(input_ids=input_BT, **more).logits[at_BT]
+
+
+def special_tokens(job: Job) -> tuple[int, Tensor]:
+    """(id of the token that hides others, ids of all special tokens) of the job's tokenizer."""
+    return special_tokens_of(load_tokenizer(job.inputs["tokenizer"]), f"{job.label}: tokenizer")

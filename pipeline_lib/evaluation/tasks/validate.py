@@ -102,7 +102,7 @@ class Validation:
         """Inputs and labels [sequences, T]: hidden tokens and what they are, or text and what follows it."""
         import torch
 
-        from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens
+        from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens_of
         from pipeline_lib.evaluation.ranges import windows
 
         settings = self.settings
@@ -120,7 +120,7 @@ class Validation:
         text_BT = windows(self._texts, subject.tokenizer, settings.sequences, length)
         if not masked:
             return text_BT[:, :-1], text_BT[:, 1:]
-        mask, special = special_tokens(subject.tokenizer, "task validate: the model's tokenizer")
+        mask, special = special_tokens_of(subject.tokenizer, "task validate: the model's tokenizer")
         vocab, rows = int(subject.model.config.vocab_size), []  # type: ignore[arg-type]
         for place, text_T in enumerate(text_BT):
             generator = torch.Generator().manual_seed(mask_seed(settings.mask_seed, 0, place))

@@ -6,7 +6,9 @@
 * `method(settings, job) -> Method`;
 * where need be `refuses(settings, recipe, model) -> str | None`: why it makes no sense in a recipe (`recipe.methods`
   are all methods of it) on a model of config.yaml, read while planning;
-* `OPTIMIZER = True`, if it brings an optimizer; a recipe has at most one such method.
+* `OPTIMIZER = True`, if it brings an optimizer; a recipe has at most one such method;
+* `NEEDS = ("losses",)`, if the experiment must name what gives it its per-example losses;
+* `reads(settings, recipe) -> float`, if it reads more sequences than are trained on: how many for each.
 
 Packages outside Errata add theirs by the entry-point group `errata.methods`.
 """

@@ -70,6 +70,9 @@ class Settings(TrainingSettings):
     )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
     dropout: Share = Field(0.0, description="dropout probability, also where the model says another")
+    split: Literal["train", "holdout"] = added(
+        "train", "split of the dataset that is trained on; holdout: for a model that gives others their `losses`"
+    )
     methods: tuple[MethodSettings, ...] = Field(
         (), description="efficient-training methods, in order: names, or {name: {setting: value}}"
     )
@@ -109,12 +112,22 @@ class Settings(TrainingSettings):
 
     def needed_tokens(self, parameters: int | None) -> int | None:
         """Tokens of text that the training reads, or a little more; None where only the machine knows."""
+        read = self._read_for_one_trained()
         if self.budget is None:
-            return super().needed_tokens(parameters)
+            trained = super().needed_tokens(parameters)
+            return None if trained is None else math.ceil(trained * read)
         if parameters is None:
             return None
         steps = self.budget.expected_steps(self.global_batch, 6.0 * parameters * self.seq_len)
-        return None if steps is None else math.ceil(CHEAPEST * steps) * self.tokens_per_step
+        return None if steps is None else math.ceil(CHEAPEST * steps * read) * self.tokens_per_step
+
+    def _read_for_one_trained(self) -> float:
+        """Sequences that the methods read for each that is trained on."""
+        read = 1.0
+        for method in self.methods:
+            module = METHODS.load(method.type)  # type: ignore[attr-defined]
+            read *= module.reads(method, self) if hasattr(module, "reads") else 1.0
+        return read
 
 
 def refuses(model_family: str, transform_types: Sequence[str]) -> str | None:
