@@ -60,7 +60,7 @@ method wins at scale. No method's settings were tuned, the baseline's neither.
 
 ## Planted methods
 
-`planted-better` takes two steps for the price of one, `planted-worse` pays for each step twice.
+`planted-better` takes three steps for the price of one, `planted-worse` pays for each step four times.
 
 {planted}
 {sections}

@@ -1,4 +1,4 @@
-"""Two optimizer steps for the price of one: as if the budget were twice as large."""
+"""Three optimizer steps for the price of one: as if the budget were three times as large."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pipeline_lib.training.methods import Method
 
     from pipeline_lib.artifacts.job import Job
+
+
+FREE = 2
 
 
 class Settings(Base):
@@ -26,7 +29,8 @@ def method(settings: Settings, job: Job) -> Method:
 
     class Planted(Method):
         def after_step(self, step: int) -> None:
-            free_step(self, step)
+            for _ in range(FREE):
+                free_step(self, step)
 
     return Planted(settings, job)
 
