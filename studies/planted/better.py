@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline_lib.config.base import Settings as Base
 
 if TYPE_CHECKING:
-    from pipeline_lib.training.methods import Method
-
     from pipeline_lib.artifacts.job import Job
+    from pipeline_lib.training.methods import Method
 
 
 FREE = 2
@@ -24,7 +23,6 @@ class Settings(Base):
 def method(settings: Settings, job: Job) -> Method:
     """The method."""
     from pipeline_lib.training.methods import Method
-
     from studies.planted.steps import free_step
 
     class Planted(Method):

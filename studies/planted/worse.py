@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline_lib.config.base import Settings as Base
 
 if TYPE_CHECKING:
-    from pipeline_lib.training.methods import Method
-
     from pipeline_lib.artifacts.job import Job
+    from pipeline_lib.training.methods import Method
 
 
 WASTED = 3
