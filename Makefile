@@ -32,7 +32,7 @@ clean:
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
 BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu int2_cpu int2_block ternary_cpu
-STUDIES := study-robustness study-kills study-defences study-flips study-int2 study-relora study-optical
+STUDIES := study-robustness study-kills study-defences study-flips study-int2 study-relora study-optical study-efficient-training
 
 .PHONY: bench chaos $(STUDIES)
 
@@ -40,7 +40,7 @@ bench: env
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 $(STUDIES): study-%: env
-	$(BIN)/python -m studies.$*
+	$(BIN)/python -m studies.$(subst -,_,$*)
 
 chaos: env
 	$(BIN)/python -m studies.chaos

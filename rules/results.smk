@@ -51,7 +51,7 @@ rule table_result:
     output:
         report("results/tables/{name}.{kind}", caption="../workflow/report/table.rst", category="Tables", labels={"table": "{name}", "format": "{kind}"}),
     wildcard_constraints:
-        kind="csv|md",
+        kind="csv|md|svg",
     params:
         source=lambda wildcards: wiring.view_source(PLAN, f"results/tables/{wildcards.name}.{wildcards.kind}"),
     log:

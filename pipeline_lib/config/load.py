@@ -13,7 +13,10 @@ from pipeline_lib.config.names import check_name
 from pipeline_lib.config.schema import Config
 from pipeline_lib.config.validate import validate
 
-SECTIONS = ("tokenizers", "datasets", "models", "transforms", "recipes", "tasks", "experiments", "sweeps", "tables")
+SECTIONS = (
+    "tokenizers", "datasets", "models", "transforms", "recipes", "tasks", "experiments", "sweeps", "tables",
+    "comparisons",
+)  # fmt: skip
 
 
 class _StrictLoader(yaml.SafeLoader):

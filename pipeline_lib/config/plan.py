@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline_lib.config.comparisons import comparison
 from pipeline_lib.config.errors import UserError, closest, known
 from pipeline_lib.config.experiments import Resolved
 from pipeline_lib.config.load import load_config, merge
@@ -90,8 +91,8 @@ class Plan:
                 known(stem, self.config.sweeps, "sweeps", f"target {target}")
                 if kind in ("csv", "svg", "png", *self._endings(self.config.sweeps[stem].task)):
                     return self.sweep(stem), f"table.{kind}"
-            if folder == "tables" and kind in ("csv", "md"):
-                return self.table(known(stem, self.config.tables, "tables", f"target {target}")), f"table.{kind}"
+            if folder == "tables" and (kind in ("csv", "md") or (kind == "svg" and stem in self.config.comparisons)):
+                return self._table(stem, f"target {target}"), f"table.{kind}"
             if folder == "publish" and kind == "json":
                 return self.publish(self.resolver.experiments.get(stem)), "publish.json"
             if file == "timing.json" and "timing" not in self.config.tasks:
@@ -104,8 +105,8 @@ class Plan:
             value=target,
             allowed="results/<experiment>/<task>.json (and .md, … of tasks that leave records), "
             "results/<experiment>/timing.json, results/sweeps/<sweep>.csv, .svg or .png, "
-            "results/tables/<table>.csv or .md, results/publish/<experiment>.json, results/report.html",
-            fix="see `experiments:`, `tasks:`, `sweeps:` and `tables:` in config.yaml",
+            "results/tables/<table or comparison>.csv or .md, results/publish/<experiment>.json, results/report.html",
+            fix="see `experiments:`, `tasks:`, `sweeps:`, `tables:` and `comparisons:` in config.yaml",
         )
 
     def _register(self, node: Node) -> None:
@@ -162,6 +163,11 @@ class Plan:
                     checked.add(key)
                 over = merge(over, nested(key, value))
             yield values, self.resolver.variant(sweep.experiment, with_settings(entry, base, over, where))
+
+    def _table(self, name: str, where: str) -> Node:
+        if name in self.config.comparisons:
+            return comparison(self.resolver, name)
+        return self.table(known(name, [*self.config.tables, *self.config.comparisons], "tables", where))
 
     def table(self, name: str) -> Node:
         """A table of experiments in rows and columns."""

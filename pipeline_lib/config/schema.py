@@ -226,6 +226,35 @@ class Table(Settings):
         return self
 
 
+class Measure(Settings):
+    """A metric that arms are compared by."""
+
+    task: str = Field(description="name of a task")
+    metric: str = Field(description="a metric of the task, which says whether more of it is better")
+    delta: float = Field(gt=0, description="δ: the smallest difference that matters")
+
+
+class Comparison(Settings):
+    """Arms against a baseline, in several columns and with several seeds: results/tables/<name>.csv, when asked for."""
+
+    experiment: str = Field(description="name of the experiment that every cell is")
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=2, description="{arm: what it changes of the experiment}; the first is the baseline"
+    )
+    columns: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="{column: what all its arms change of the experiment}: budgets, datasets"
+    )
+    seeds: list[int] = Field(min_length=2, description="training seeds; arms are compared seed by seed")
+    measures: list[Measure] = Field(min_length=1, description="{task, metric, delta} of each comparison")
+    level: float = Field(0.05, gt=0, lt=0.5, description="of the tests; intervals are of 1 − level")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Comparison:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different ones: {self.seeds}")
+        return self
+
+
 class Tracking(Settings):
     """Where metrics go beside the JSONL that is always written."""
 
@@ -267,6 +296,9 @@ class Config(Settings):
     experiments: dict[str, Experiment | None] = Field(default={}, description="experiments by name")
     sweeps: dict[str, Sweep] = Field(default={}, description="sweeps by name")
     tables: dict[str, Table] = Field(default={}, description="tables by name")
+    comparisons: dict[str, Comparison] = Field(
+        default={}, description="comparisons by name; each makes results/tables/<name>.csv when that is asked for"
+    )
     fault_seeds: int = Field(
         5, ge=1, le=1000, description="fault seeds an evaluation with random faults is repeated for"
     )

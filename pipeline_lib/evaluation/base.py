@@ -19,7 +19,7 @@ an arm are `clean`, or `seed-0`, `seed-1`, … for its fault seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline_lib.transforms.context import FaultContext
+
+
+def _made_anew(name: str, make: Callable[[], Any]) -> Any:
+    return make()
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Subject:
         tokenizer: the checkpoint's own.
         context: says where in the fault streams a forward pass stands; None for a model without transforms.
         batch_size: sequences a forward pass; changes speed and rounding, never a fault.
+        once: (name, make) → what `make` gives, plain JSON; kept, so that a run that is killed goes on behind it.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: FaultContext | None
     batch_size: int
+    once: Callable[[str, Callable[[], Any]], Any] = _made_anew
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Outcome:
         host: its date, time and host fields.
         records: plain JSON objects for readable files, one line each.
         files: text files that go below the artifact's log/, by name: traces.
+        repeats: of a metric that is a mean over the task's own seeds, its values; the arm's own, where it has one run.
     """
 
     metrics: dict[str, float]
@@ -69,6 +76,7 @@ class Outcome:
     host: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    repeats: dict[str, list[float]] = field(default_factory=dict)
 
 
 Arms = Mapping[str, Mapping[str, list[dict[str, Any]]]]

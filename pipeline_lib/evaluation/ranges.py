@@ -58,8 +58,12 @@ class Magnitudes:
         return min(value, self.max)
 
 
-def windows(texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
+def windows(
+    texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBase, count: int | None, length: int
+) -> Tensor:
     """`count` windows of `length` tokens of the documents, which follow each other, set apart by the end-of-text token.
+
+    Without a count all there are, at least one; what is left over at the end is no window.
 
     Returns:
         int64 [count, length].
@@ -67,17 +71,20 @@ def windows(texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBa
     Raises:
         UserError: too little text.
     """
-    needed, ids = count * length, []
+    needed, ids = count and count * length, []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts():
         ids += chain(tokenizer(text, add_special_tokens=False).input_ids, end)
-        if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).view(count, length)
+        if needed is not None and len(ids) >= needed:
+            break
+    whole = len(ids) // length * length if needed is None else needed
+    if length <= whole <= len(ids):
+        return torch.tensor(ids[:whole]).view(-1, length)
     raise UserError(
-        "the split has too little text for calibration",
-        where="task ranges",
+        "the split has too little text",
+        where="task: sequences",
         value=f"{len(ids)} tokens",
-        allowed=f"{needed} = sequences × seq_len",
+        allowed=f"{needed or length} = sequences × seq_len",
         fix="lower `sequences` or `seq_len`, or choose another split",
     )
 

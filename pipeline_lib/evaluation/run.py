@@ -9,9 +9,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,8 @@ class Session:
                 key, start = "clean" if seed is None else f"seed-{seed}", time.monotonic()
                 found = notes.read(key)
                 if found is None:
-                    subject = Subject(model.module, checkpoint.tokenizer, model.at(seed), batch_size)
+                    once = partial(notes.once, key)
+                    subject = Subject(model.module, checkpoint.tokenizer, model.at(seed), batch_size, once)
                     found = task.run(subject, settings["seed"])
                     notes.write(key, found)
                 outcomes[key], seconds[key] = found, round(time.monotonic() - start, 3)
@@ -217,25 +218,41 @@ class _Notes:
         self._folder, self._mark = folder, mark
 
     def read(self, key: str) -> Outcome | None:
+        values = self._value(key)
+        if values is None:
+            return None
+        numbers = {name: float(value) for name, value in values["metrics"].items()}
+        return Outcome(**{**values, "metrics": numbers})
+
+    def write(self, key: str, outcome: Outcome) -> None:
+        values = {**vars(outcome), "metrics": {name: encode(value) for name, value in outcome.metrics.items()}}
+        self._keep(key, values)
+
+    def once(self, key: str, name: str, make: Callable[[], Any]) -> Any:
+        """The part `name` of a run: what was kept of an earlier attempt, or what `make` gives."""
+        part = f"{key}.{name}"
+        found = self._value(part)
+        if found is None:
+            found = make()
+            self._keep(part, found)
+        return found
+
+    def _value(self, key: str) -> Any:
         path = self._folder / f"{key}.json" if self._folder else None
         if path is None or not path.exists():
             return None
         try:
             note = read_json(path)
             if note["mark"] == self._mark and note["sha256"] == _sha256(note["outcome"]):
-                values = note["outcome"]
-                numbers = {name: float(value) for name, value in values["metrics"].items()}
-                return Outcome(**{**values, "metrics": numbers})
+                return note["outcome"]
         except (ValueError, KeyError, TypeError):
             pass
         say(f"{path} is damaged or of another evaluation; this run is made again")
         return None
 
-    def write(self, key: str, outcome: Outcome) -> None:
-        if self._folder is None:
-            return
-        values = {**vars(outcome), "metrics": {name: encode(value) for name, value in outcome.metrics.items()}}
-        write_json(self._folder / f"{key}.json", {"mark": self._mark, "sha256": _sha256(values), "outcome": values})
+    def _keep(self, key: str, values: Any) -> None:
+        if self._folder is not None:
+            write_json(self._folder / f"{key}.json", {"mark": self._mark, "sha256": _sha256(values), "outcome": values})
 
 
 def _sha256(value: Any) -> str:
@@ -255,6 +272,12 @@ def _identity(path: Path) -> str:
     return fingerprint(files)
 
 
+def _values(name: str, runs: list[Outcome]) -> list[float]:
+    """One value a fault seed; of a single run, those of the task's own seeds, where it has any."""
+    own = runs[0].repeats.get(name) if len(runs) == 1 else None
+    return own or [run.metrics[name] for run in runs]
+
+
 def _result(
     settings: Mapping[str, Any], inputs: dict[str, str], outcomes: dict[str, Outcome], report: dict[str, Any]
 ) -> dict[str, Any]:
@@ -266,7 +289,7 @@ def _result(
     for name in first.metrics:
         sampling = [run.sampling_stderr[name] for run in runs if name in run.sampling_stderr]
         metrics[name] = {
-            **summarise([run.metrics[name] for run in runs]),
+            **summarise(_values(name, runs)),
             "sampling_stderr": sum(sampling) / len(sampling) if sampling else None,
         }
     return {

@@ -37,16 +37,18 @@ class Picture:
     inline: str
 
 
-def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Picture:
+def training_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, what: str = "training loss"
+) -> Picture:
     """Loss over `unit` (tokens or steps); curves: experiment → [(x, loss in nats per token)]."""
     drawn, axes = figure(WIDTH, 4.2)
     for index, (name, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=name, color=SERIES[index % MAX_SERIES], linewidth=1.6, linestyle=_dash(index))
-    style(axes, unit, "training loss (nats per token)")
+    style(axes, unit, f"{what} (nats per token)")
     axes.xaxis.set_major_formatter(_engineering())
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=1 + len(curves) // 6)
-    return picture(drawn, "training-loss", f"Training loss over {unit}.")
+    return picture(drawn, what.replace(" ", "-"), f"{what.capitalize()} over {unit}.")
 
 
 def metric_bars(metric: str, arms: Mapping[str, Mapping[str, Measured]], name: str) -> Picture:

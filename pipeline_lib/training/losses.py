@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100
-"""Label of a position that is no target."""
+from pipeline_lib.data.masking import IGNORED
 
 
 def cross_entropy_per_example(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

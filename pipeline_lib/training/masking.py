@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline_lib.config.errors import UserError
+from pipeline_lib.data.masking import hide_tokens, mask_seed, special_tokens_of
 from pipeline_lib.data.tokens import TokenShards
+from pipeline_lib.models.checkpoint import load_tokenizer
 from pipeline_lib.training.hooks import Batch, Hooks
 from pipeline_lib.training.losses import IGNORED, cross_entropy_per_example
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from pipeline_lib.artifacts.job import Job
     from pipeline_lib.data.tokens import BatchLoader
     from pipeline_lib.training.loop import Loop
-
-KEPT, RANDOM = 0.1, 0.1
-"""Shares of the tokens to predict that are shown as they are, and as a random token (Devlin et al., 2019)."""
 
 
 class TextHooks(Hooks):
@@ -97,57 +94,6 @@ def logits_at(model: nn.Module, input_BT: Tensor, at_BT: Tensor, encoder: bool =
     return model(input_ids=input_BT, **more).logits[at_BT]
 
 
-def mask_seed(seed: int, step: int, sequence: int) -> int:
-    """Seed of the masks of one sequence of one step; no two share any."""
-    digest = hashlib.sha256(f"mask/{seed}/{step}/{sequence}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def hide_tokens(
-    text_T: Tensor, special_T: Tensor, mask: int, vocab: int, rate: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Hide tokens for an encoder to find.
-
-    Each token that is not special is a target with probability `rate`. Of the targets 80 % become the mask
-    token, 10 % a random token, 10 % stay.
-
-    Args:
-        text_T: int64 token ids.
-        special_T: bool, tokens never to hide.
-        mask: id of the mask token.
-        vocab: random tokens are drawn uniformly from 0 … vocab-1.
-        rate: share of targets.
-        generator: advanced by the same amount whatever the text.
-
-    Returns:
-        input_T, labels_T: int64; labels are IGNORED where there is no target.
-    """
-    target_T = (torch.rand(text_T.shape, generator=generator) < rate) & ~special_T
-    fate_T = torch.rand(text_T.shape, generator=generator)
-    random_T = torch.randint(vocab, text_T.shape, generator=generator)
-    shown_T = torch.where(fate_T < KEPT, text_T, torch.where(fate_T < KEPT + RANDOM, random_T, mask))
-    return torch.where(target_T, shown_T, text_T), torch.where(target_T, text_T, IGNORED)
-
-
 def special_tokens(job: Job) -> tuple[int, Tensor]:
-    """(id of the token that hides others, ids of all special tokens).
-
-    Where the tokenizer has no mask token, its padding token serves: packed text contains none.
-
-    Raises:
-        UserError: padding is a token that text contains.
-    """
-    from pipeline_lib.models.checkpoint import load_tokenizer
-
-    tokenizer: Any = load_tokenizer(job.inputs["tokenizer"])
-    mask = tokenizer.mask_token_id
-    if mask is None and tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        mask = tokenizer.pad_token_id
-    if mask is None:
-        raise UserError(
-            "an encoder is trained on masked tokens, and the tokenizer has neither a mask nor a padding token to spare",
-            where=f"{job.label}: tokenizer",
-            value=job.inputs["tokenizer"].name,
-            fix="train a tokenizer here, or use one from the hub that has a mask token",
-        )
-    return mask, torch.tensor(tokenizer.all_special_ids)
+    """(id of the token that hides others, ids of all special tokens) of the job's tokenizer."""
+    return special_tokens_of(load_tokenizer(job.inputs["tokenizer"]), f"{job.label}: tokenizer")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline_lib.data.masking import hide_tokens, mask_seed
 from pipeline_lib.training.losses import IGNORED, count_targets, cross_entropy_per_example
-from pipeline_lib.training.masking import hide_tokens, mask_seed
 from pipeline_lib.training.state import full_state, load_optimizer, load_values, load_weights, save_state
 
 VOCAB, MASK = 50, 4

@@ -1,0 +1,1 @@
+"""Methods whose effect is known: a comparison that does not find them cannot be trusted with the others."""
