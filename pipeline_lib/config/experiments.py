@@ -210,14 +210,6 @@ class Experiments:
             raise UserError("an experiment has one recipe", where=f"{where}.recipe", value=list(named), fix="keep one")
         name, override = next(iter(named.items()))
         module = RECIPES.load(name, f"{where}.recipe")
-        if getattr(module, "NOT_BUILT", None):
-            raise UserError(
-                f"recipe {name} is not built yet: {module.NOT_BUILT}",
-                where=f"{where}.recipe",
-                value=name,
-                allowed=[n for n in RECIPES.names() if not getattr(RECIPES.load(n), "NOT_BUILT", None)],
-                fix="choose another recipe",
-            )
         values = self.config.recipes.get(name, {})
         if isinstance(model.recipe, dict) and name in model.recipe:
             values = merge(values, model.recipe[name])

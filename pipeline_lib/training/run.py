@@ -51,10 +51,9 @@ def engine_of(job: Job) -> str:
     """The name of the recipe's engine.
 
     Raises:
-        UserError: the recipe trains nothing, or is not built yet.
+        UserError: the recipe trains nothing.
     """
     recipe, name = recipe_of(job), job.settings["recipe"]["type"]
-    reason = getattr(recipe, "NOT_BUILT", "") or ("" if recipe.ENGINE else "it trains nothing")
-    if reason:
-        raise UserError(f"recipe '{name}' cannot be trained: {reason}", where=job.label, value=name)
+    if not recipe.ENGINE:
+        raise UserError(f"recipe '{name}' cannot be trained: it trains nothing", where=job.label, value=name)
     return recipe.ENGINE

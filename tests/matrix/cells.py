@@ -61,8 +61,7 @@ class Cell:
     @property
     def reason(self) -> str | None:
         """Why the recipe declares that it makes no sense, or None."""
-        missing = getattr(self.module, "NOT_BUILT", None)
-        return f"not built yet: {missing}" if missing else self.module.refuses(self.family, self.types)
+        return self.module.refuses(self.family, self.types)
 
 
 def presets() -> dict[str, dict[str, Any]]:
