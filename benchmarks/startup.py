@@ -60,7 +60,7 @@ def measure(clone: Clone, rounds: int) -> list[dict[str, Any]]:
     figures: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         figures.setdefault(("python -c pass", "import_s"), []).append(timed(clone, "-c", "pass"))
-        for stage in stages:
+        for stage in STAGES:
             imported = timed(clone, "-c", f"import pipeline_lib.stages.{stage}")
             figures.setdefault((stage, "import_s"), []).append(imported)
             if stage in artifacts:
@@ -72,7 +72,7 @@ def measure(clone: Clone, rounds: int) -> list[dict[str, Any]]:
     heads = ("import_s", "adopt_s", "run_s")
     return [
         {"stage": name, **{head: _median(figures.get((name, head))) for head in heads}}
-        for name in ("python -c pass", *stages)
+        for name in ("python -c pass", *STAGES)
     ]
 
 

@@ -27,7 +27,7 @@ STAGES: dict[str, Stage] = {
     "clip": Stage(1),
     "timing": Stage(1),
     "score": Stage(1),
-    "train": Stage(1),
+    "train": Stage(2),
     "convert": Stage(1),
     "evaluate": Stage(1),
     "result": Stage(1),
