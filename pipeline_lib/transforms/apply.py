@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from pipeline_lib.artifacts.progress import say
 from pipeline_lib.config.errors import UserError, closest
 from pipeline_lib.config.registry import TRANSFORMS
 from pipeline_lib.config.validate import validate
@@ -34,6 +35,7 @@ from pipeline_lib.transforms.sites import (
     find_sites,
     is_hugging_face,
     is_inner_attention,
+    out_of_reach,
 )
 from pipeline_lib.transforms.state import whole
 
@@ -125,6 +127,9 @@ def apply(
     chosen: dict[int, list[tuple[int, Function]]] = {}
     for index, entry in enumerate(transform):
         _choose(index, entry, found, chosen, applied)
+    if transform and (exact := out_of_reach(model, found)):
+        say(f"{len(exact)} matrices are in no nn.Linear or nn.Embedding and stay exact: {', '.join(exact[:6])} …")
+        applied.report["out_of_reach"] = exact
     try:
         applied.at = [(found[i], SiteFunctions(found[i].site, chosen[i], context)) for i in sorted(chosen)]
         _install(model, applied)

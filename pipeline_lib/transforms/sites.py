@@ -48,6 +48,13 @@ def find_sites(model: nn.Module, canonical: Callable[[str], str] | None = None) 
     return found
 
 
+def out_of_reach(model: nn.Module, found: list[Found]) -> list[str]:
+    """Names of the matrices that lie in no site and stay exact under any transform, such as GPT-2's `Conv1D` or the
+    fused experts of a mixture."""
+    held = {id(p) for at in found if not at.site.kind.startswith(("product", "kv")) for p in at.module.parameters()}
+    return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and id(parameter) not in held]
+
+
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether this is a model of transformers, which is imported already if it is."""
     transformers = sys.modules.get("transformers")

@@ -258,3 +258,17 @@ def test_a_transformed_model_can_be_copied(tokens: Tensor) -> None:
     model = bert()
     apply(model, [{"type": "toy_store", "levels": 5}], seed=0).context.begin(0, 0)
     assert torch.equal(logits(copy.deepcopy(model), tokens), logits(model, tokens))
+
+
+def test_matrices_that_no_transform_reaches_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2 has layers of a kind of its own: a pattern on everything would leave all its blocks exact without a word."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=31, n_positions=8))
+    entry = {"type": "bitflip", "weight": {"p": 0.01}, "sites": {"lm_head": {}}}
+    report = apply(gpt2, [entry], seed=0).report
+    assert {name.split(".")[-2] for name in report["out_of_reach"]} == {"c_attn", "c_proj", "c_fc"}
+    assert "4 matrices are in no nn.Linear or nn.Embedding and stay exact" in capsys.readouterr().err
+    model = llama(intermediate_size=48)
+    assert "out_of_reach" not in apply(model, [{**entry, "sites": {"*": {}}}], seed=0).report
+    assert "stay exact" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""docs/fault-stream.md: its settings are valid, its figures those of the benchmark, its tests real."""
+"""docs/fault-stream.md: its settings are valid, its figures those of the benchmark, its tests real, as are those of docs/earlier-faults.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from benchmarks.report import FOLDER, table
@@ -28,9 +29,12 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
     assert table(figures["rows"], figures["columns"]) in PAGE
 
 
-def test_the_tests_it_names_exist() -> None:
-    named = re.findall(r"`(\w+\.py)?(?:::(\w+))?`", PAGE)
-    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+@pytest.mark.parametrize("page", ["fault-stream.md", "earlier-faults.md"])
+def test_the_tests_it_names_exist(page: str) -> None:
+    named = re.findall(r"`(\w+\.py)?(?:::(\w+))?`", (ROOT / "docs" / page).read_text())
+    files: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        files[path.name] = files.get(path.name, "") + path.read_text()
     checked, file = 0, ""
     for own, function in named:
         file = own or file

@@ -333,25 +333,6 @@ def test_query_and_key_are_not_searched_unless_asked() -> None:
 # ---- one rounding rule
 
 
-def test_it_compiles_without_a_break() -> None:
-    """Latent weights in training, with their gradient; and held packed."""
-    layer = nn.Sequential(nn.Linear(64, 24))
-    applied = apply(layer, [{"type": "int2", "group_size": 32, "sites": {"*": {}}}], seed=0)
-    applied.context.begin(0, 0)
-    x, gradients = torch.randn(4, 3, 64), []
-    for model in (torch.compile(layer, backend="eager", fullgraph=True), layer):
-        y = model(x)
-        y.square().sum().backward()
-        gradients.append(layer[0].weight.grad)
-        layer[0].weight.grad = None
-    torch.testing.assert_close(*gradients)
-    pack(applied)
-    torch._dynamo.reset()
-    packed = torch.compile(layer, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(packed(x), layer(x))
-
-
 def test_an_evaluation_in_bf16_has_the_codes_of_training(tmp_path: Path) -> None:
     """Codes come from the packed checkpoint, made from fp32; weights rounded to bf16 would give some others."""
     made, applied = transformed()
@@ -407,27 +388,3 @@ def test_settings_survive_a_spec() -> None:
 def test_wrong_settings_name_the_key(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(Settings, {"type": "int2", **given}, "transforms.int2")
-
-
-def test_rotary_positions_survive_packing(tmp_path: Path) -> None:
-    """A base of 500,000 and Llama 3's scaling are part of the packed checkpoint, not constants of who reads it."""
-    scaling = {
-        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8,
-    }  # fmt: skip
-    config = model().config
-    config.rope_parameters = scaling
-    torch.manual_seed(0)
-    made = type(model())(config).eval()
-    plain = copy.deepcopy(made)
-    applied = apply(made, [{"type": "int2", "group_size": 32, "format": "int8-asym"}], seed=0)
-    applied.context.begin(0, 0)
-    pack(applied)
-    save_packed(tmp_path / "packed", made, applied, torch.float32)
-    loaded, again = load_packed(tmp_path / "packed")
-    again.context.begin(0, 0)
-    assert loaded.config.rope_parameters == made.config.rope_parameters
-    torch.testing.assert_close(logits(loaded), logits(made), rtol=1e-5, atol=1e-5)
-    other = model()
-    other.load_state_dict(plain.state_dict())
-    assert (logits(other) - logits(plain)).abs().max() > 1e-3, "positions matter to these logits"
