@@ -23,7 +23,7 @@ from tests import training_bench
 from tests.training.cram_bench import SHAPES, Bench, lines, losses, method, methods, result
 from tests.training_bench import Case, Sabotage
 
-JOB: Any = SimpleNamespace(settings={"seed": 3})
+JOB: Any = SimpleNamespace(settings={"seed": 3, "recipe": {"global_batch": 8}})
 COMPOSED = ["layer-stacking", "layer-dropping", "selective-backprop"]
 
 
@@ -221,7 +221,7 @@ def stacking(layers: int = 8, optimizer: Any = None, **settings: Any) -> LayerSt
 
 
 def values(made: LayerStacking) -> list[float]:
-    return [float(layer.weight[0, 0]) for layer in blocks(made.loop.model)]  # type: ignore[index, union-attr]
+    return [layer.weight[0, 0].item() for layer in blocks(made.loop.model)]  # type: ignore[index, union-attr]
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -314,7 +314,7 @@ def test_layers_that_wait_are_not_touched(bench: Bench) -> None:
 # -- layer dropping ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spent", "p"), [(0.0, 0.0), (0.001, 0.0476), (0.01, 0.316), (0.05, 0.4966), (1.0, 0.5)])
+@pytest.mark.parametrize(("spent", "p"), [(0.0, 0.0), (0.001, 0.0476), (0.01, 0.3161), (0.05, 0.4966), (1.0, 0.5)])
 def test_the_drop_probability_grows(spent: float, p: float) -> None:
     assert drop_probability(spent, keep=0.5, gamma=100) == pytest.approx(p, abs=5e-5)
 
