@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline_lib.artifacts.files import read_json, write_json
 from pipeline_lib.cli.codehash import code_hash
 from pipeline_lib.config.errors import UserError
-from pipeline_lib.config.stages import NOT_BUILT, STAGES
+from pipeline_lib.config.stages import STAGES
 
 LOCK = Path("stage_versions.lock")
 
@@ -28,7 +28,6 @@ def current() -> dict[str, dict[str, object]]:
     return {
         name: {"version": stage.version, "hash": code_hash(f"pipeline_lib.stages.{name}")}
         for name, stage in STAGES.items()
-        if name not in NOT_BUILT
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.masking import TextHooks
 from pipeline_lib.training.methods import Method
 from pipeline_lib.training.schedules import budget_lr_factor
+from pipeline_lib.training.settings import option
 from pipeline_lib.training.work import Price, Work
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class CramHooks(TextHooks):
         self.methods: list[Method] = [METHODS.load(s.type).method(s, job) for s in settings.methods]  # type: ignore[attr-defined]
         self.work, self.place, self.seconds, self._last_seconds = Work(), 0, 0.0, 0.0
         self._started: float | None = None
-        self._active: Sequence[int] = ()
+        self._active: Collection[int] = ()
+        self._present: Collection[int] = ()
         self._valid_at = 0
         self._draws = any(type(method).draw is not Method.draw for method in self.methods)
         self._groups = [method.group for method in self.methods if method.group is not None]
@@ -62,6 +64,13 @@ class CramHooks(TextHooks):
         """Count the model's layers and FLOPs; prepare the methods."""
         super().prepare(loop)
         self.loop, self.depth = loop, len(blocks(loop.model))
+        if self._groups and distributed.world() > 1 and option(self._job, "compile", False):
+            raise UserError(
+                "a compiled layer cannot stand by while another rank runs it",
+                where="run.compile",
+                value=True,
+                fix="set compile to false, train on one device, or remove the method that leaves layers out",
+            )
         self.flops: Price = flops(*forward_parts(loop.model, self.settings.seq_len, self._head_share()))
         self._price = self._reference()
         for method in self.methods:
@@ -202,12 +211,15 @@ class CramHooks(TextHooks):
         return list(layers)
 
     def begin(self, step: int, first: int) -> None:
-        """Choose the layers of the next training pass."""
+        """Choose the layers of the next training pass, and learn which ones other ranks run beside it."""
+        sharing = self.loop.sharing
         self._active = self.active(step, first, training=True)
+        beside = (first + (rank - sharing.rank) * sharing.micro_batch for rank in range(sharing.world))
+        self._present = {layer for at in beside for layer in self.active(step, at, training=True)}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """loss_B, through the chosen layers, weighed by the methods."""
-        with only(model, self._active):
+        with only(model, self._active, self._present):
             loss_B = super().loss(model, batch)
         for method in self.methods:
             loss_B = method.weigh(batch, loss_B)

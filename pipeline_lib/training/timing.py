@@ -28,7 +28,7 @@ from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.masking import TextHooks
 from pipeline_lib.training.settings import option
 
-REPEATS, LEAST_REPEATS, SECONDS = 5, 2, 50.0
+REPEATS, LEAST_REPEATS, SECONDS = 15, 2, 45.0
 """Of each pass, after one that warms up; fewer when all passes together would take longer than SECONDS."""
 MOST_SEQUENCES = 128
 KINDS = ("train", "forward", "hessian")

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, Any, str, list[str]]] = {
     "unknown transform": ("experiments/x", {"model": "nano", "transform": "bitflop"}, "", ["experiments.x.transform", "bitflop", "bitflip"]),
     "unknown model": ("experiments/x", {"model": "namo"}, "", ["experiments.x.model", "namo", "nano"]),
     "unknown recipe": ("experiments/x", {"model": "nano", "recipe": "pretrane"}, "", ["experiments.x.recipe", "pretrane", "pretrain"]),
-    "method not built": ("experiments/x", {"model": "nano", "recipe": {"cram": {"steps": 1, "methods": ["lion"]}}}, "", ["cram.methods", "lion", "not built"]),
+    "unknown method": ("experiments/x", {"model": "nano", "recipe": {"cram": {"steps": 1, "methods": ["layer-hopping"]}}}, "", ["recipe.cram.methods", "layer-hopping", "layer-dropping"]),
     "unknown dataset": ("experiments/x", {"model": "nano", "dataset": "pydoc"}, "", ["experiments.x.dataset", "pydoc", "pydocs"]),
     "unknown task": ("experiments/x", {"model": "nano", "tasks": ["wiki"]}, "", ["experiments.x.tasks", "wiki", "wikitext"]),
     "unknown task in target": ("seed", DELETE, "results/plain-nano/pydoc.json", ["pydoc", "pydocs"]),

@@ -28,13 +28,15 @@ class Settings(Base):
     type: Literal["layer-dropping"] = "layer-dropping"
     keep: float = Field(0.5, gt=0, le=1, description="the least probability that the last layer is kept")
     gamma: float = Field(100.0, gt=0, description="how fast p grows: p = (1 - keep)·(1 - exp(-gamma·spent share))")
-    group: int = Field(128, ge=1, description="sequences that go through the same layers; divides the global batch")
+    group: int = Field(
+        128, ge=1, description="sequences that go through the same layers; a smaller global batch is one group"
+    )
 
 
 def refuses(settings: Settings, recipe: Any, model: Any) -> str | None:
     """Why it makes no sense, or None."""
-    if recipe.global_batch % settings.group:
-        return f"its group {settings.group} must divide global_batch {recipe.global_batch}"
+    if recipe.global_batch > settings.group and recipe.global_batch % settings.group:
+        return f"its group {settings.group} does not divide global_batch {recipe.global_batch}"
     return None
 
 
@@ -48,7 +50,7 @@ class LayerDropping(Method):
 
     def __init__(self, settings: Settings, job: Job) -> None:
         super().__init__(settings, job)
-        self.group = settings.group
+        self.group: int = min(settings.group, job.settings["recipe"]["global_batch"])
         self._at: tuple[int, float] = (-1, 0.0)
 
     def layers(self, active: Sequence[int], step: int, first: int, training: bool) -> Sequence[int]:
@@ -57,7 +59,7 @@ class LayerDropping(Method):
             return active
         if self._at[0] != step:  # the step's own cost, once it is charged, changes nothing
             self._at = step, drop_probability(self.cram.progress(step), self.settings.keep, self.settings.gamma)
-        return kept(active, self._at[1], f"layer-dropping/{self.seed}/{step}/{first // self.settings.group}")
+        return kept(active, self._at[1], f"layer-dropping/{self.seed}/{step}/{first // self.group}")
 
 
 def drop_probability(progress: float, keep: float, gamma: float) -> float:
