@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, defences, flips, int2, kills, relora_page, robustness
+from studies import chaos, defences, efficient_training_page, flips, int2, kills, relora_page, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
 ALL: dict[str, Derive] = {
     "chaos": chaos.derive,
     "defences": defences.derive,
+    "efficient_training": efficient_training_page.derive,
     "flips": flips.derive,
     "int2": int2.derive,
     "kills": kills.derive,
@@ -75,6 +76,14 @@ def use_more_memory(study: dict[str, Any]) -> None:
     study["large"]["arms"]["relora"]["measured"] *= 1.1
 
 
+def change_a_value(study: dict[str, Any]) -> None:
+    study["values"]["0.1.0"][0] += 0.1
+
+
+def do_more_work(study: dict[str, Any]) -> None:
+    study["work"]["1.1"]["steps"] += 100
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -82,6 +91,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("defences", raise_a_row),
     ("defences", change_a_limit),
     ("chaos", change_a_fault),
+    ("efficient_training", change_a_value),
+    ("efficient_training", do_more_work),
     ("flips", change_a_point),
     ("flips", change_a_setting),
     ("int2", raise_a_recovery),
