@@ -6,7 +6,7 @@ from typing import Any
 
 from studies.report import FOLDER
 
-STUDIES = ("chaos", "defences", "flips", "int2", "kills", "relora", "robustness")
+STUDIES = ("chaos", "defences", "efficient_training", "flips", "int2", "kills", "relora", "robustness")
 NOT_RUN = [name for name in STUDIES if not (FOLDER / f"{name}.json").exists()]
 collect_ignore = [f"test_{name}.py" for name in NOT_RUN]
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from studies import chaos, defences, flips, int2, kills, optical_page, relora_page, robustness
+from studies import chaos, defences, efficient_training_page, flips, int2, kills, optical_page, relora_page, robustness
 from studies.report import FOLDER, ROOT, Derive, load
 
 ALL: dict[str, Derive] = {
     "chaos": chaos.derive,
     "defences": defences.derive,
+    "efficient_training": efficient_training_page.derive,
     "flips": flips.derive,
     "int2": int2.derive,
     "kills": kills.derive,
@@ -84,6 +85,14 @@ def lose_a_training(study: dict[str, Any]) -> None:
     study["cells"]["lora.16.s0"]["diverged"] = True
 
 
+def change_a_value(study: dict[str, Any]) -> None:
+    study["values"]["0.1.0"][0] += 0.1
+
+
+def do_more_work(study: dict[str, Any]) -> None:
+    study["work"]["1.1"]["steps"] += 100
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("robustness", raise_a_mean),
     ("robustness", raise_a_seed),
@@ -91,6 +100,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("defences", raise_a_row),
     ("defences", change_a_limit),
     ("chaos", change_a_fault),
+    ("efficient_training", change_a_value),
+    ("efficient_training", do_more_work),
     ("flips", change_a_point),
     ("flips", change_a_setting),
     ("int2", raise_a_recovery),

@@ -1,0 +1,59 @@
+"""The planted methods are found, the study has what it must have, and its small edition comes out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studies.efficient_training import ARMS, HOURS, MEASURES, PLANTED, TASKS, rerun
+from studies.efficient_training_page import compared, verdict_of
+from studies.report import load
+
+LOSS = MEASURES[0]["task"]
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, Any]:
+    return load("efficient_training")
+
+
+def test_it_has_methods_budgets_and_seeds(study: dict[str, Any]) -> None:
+    settings = study["settings"]
+    assert len(set(settings["arms"]) - set(PLANTED) - {"baseline"}) >= 6
+    assert len(settings["columns"]) >= 2
+    assert len(set(settings["seeds"])) >= 3
+    assert (settings["arms"], settings["columns"], settings["measures"]) == (list(ARMS), list(HOURS), MEASURES)
+    assert settings["tasks"] == TASKS
+
+
+def test_the_planted_methods_come_out_as_they_must(study: dict[str, Any]) -> None:
+    made = compared(study)
+    for arm in PLANTED:
+        for column, word in verdict_of(made, arm, LOSS).items():
+            assert word == arm.removeprefix("planted-"), (arm, column)
+
+
+def test_every_arm_was_charged_the_same_budget(study: dict[str, Any]) -> None:
+    """Up to the last step, which ends the budget."""
+    for c, hours in enumerate(study["settings"]["hours"].values()):
+        for a, arm in enumerate(study["settings"]["arms"]):
+            work = study["work"][f"{c}.{a}"]
+            step = work["rst_hours"] / work["steps"]
+            assert hours <= work["rst_hours"] <= hours + 4 * step, arm
+
+
+def test_the_small_edition_comes_out_again(study: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit where processor and versions are those of the study, else within the tolerance it states."""
+    expected, found = study["rerun"], rerun(tmp_path)
+    assert found["values"].keys() == expected["values"].keys()
+    assert found["work"].keys() == expected["work"].keys()
+    if found["made_with"] == expected["made_with"]:
+        assert found["values"] == expected["values"]
+    for key, values in expected["values"].items():
+        assert found["values"][key] == pytest.approx(values, rel=expected["tolerance"])
+    for key, work in expected["work"].items():
+        assert found["work"][key]["steps"] == work["steps"]
+    better, worse = (found["values"][f"0.{a}.0"] for a in (1, 2))
+    assert max(better) < min(found["values"]["0.0.0"]) and max(found["values"]["0.0.0"]) < min(worse)
