@@ -70,7 +70,8 @@ class OpticalProduct(nn.Module, Compute):
         if not observe and not self._known:
             self._check()
         settings = self.settings
-        how = How(self._linear, settings.lut_min, settings.gate, settings.quantiles, observe, self.observing)
+        eased = self.training and settings.ramp is not None and settings.ramp.of == "noise"
+        how = How(self._linear, settings.lut_min, settings.gate, settings.quantiles, observe, self.observing, eased)
         with torch.autocast(kind, enabled=False) if lower else nullcontext():
             y, reach = product(left, right, self.ranges, self._strength(draw), draw if settings.dither else None, how)
         if observe:

@@ -28,6 +28,7 @@ class How(NamedTuple):
         lut_min, gate, quantiles: see the settings.
         observe: tell what was seen.
         exact: only observe, compute exactly.
+        eased: the slack may be other than 0.
     """
 
     linear: bool
@@ -36,6 +37,7 @@ class How(NamedTuple):
     quantiles: tuple[float, float] | None
     observe: bool
     exact: bool
+    eased: bool = False
 
 
 def product(
@@ -57,9 +59,10 @@ def product(
     place = (None, None, None) if draw is None else (draw.key, draw.first_row, draw.first_element)
     strides = [] if draw is None or draw.strides is None else list(draw.strides)
     inputs = (left, right, ranges, knobs, *place, strides, how.linear, how.lut_min, how.gate, how.quantiles)
+    inputs = (*inputs, how.observe, how.exact, how.eased)
     if torch.compiler.is_compiling():
-        return _product_op(*inputs, how.observe, how.exact)[:2]
-    return _Product.apply(*inputs, how.observe, how.exact)[:2]  # eager: without an operator's overhead
+        return _product_op(*inputs)[:2]
+    return _Product.apply(*inputs)[:2]  # type: ignore[index]  # eager: without an operator's overhead
 
 
 def _forward(
@@ -77,12 +80,23 @@ def _forward(
     quantiles: Sequence[float] | None,
     observe: bool,
     exact: bool,
+    eased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     draw = None
     if key is not None and row is not None and vector is not None:
         draw = Draw(key, row, vector, strides=tuple(strides))
     how = How(linear, lut_min, gate, None if quantiles is None else (quantiles[0], quantiles[1]), observe, exact)
-    return reference(left, right, ranges, knobs, draw, how)
+    if not left.is_cuda or exact or (observe and quantiles is not None):
+        return reference(left, right, ranges, knobs, draw, how)
+    from pipeline_lib.transforms.optical.kernel import launch
+
+    reach = torch.full((3, 2), -torch.inf, device=left.device)
+    if observe:
+        reach[0], reach[1] = observed(left, None), observed(right, None)
+    y, reach[2], outside = launch(
+        left, right, ranges, knobs, draw, linear=linear, lut_min=lut_min, gate=gate, observe=observe, eased=eased
+    )
+    return y, reach, outside
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -106,7 +120,7 @@ def _backward(ctx: Any, *gradients: Any) -> Any:
     if gates:
         of_left = None if of_left is None else of_left.masked_fill(_outside(left, gates[0][0]), 0)
         of_right = None if of_right is None else of_right.masked_fill(_outside(right, gates[0][1]), 0)
-    return of_left, of_right, *([None] * 12)
+    return of_left, of_right, *([None] * 13)
 
 
 class _Product(torch.autograd.Function):
@@ -129,9 +143,10 @@ def _product_op(
     quantiles: Sequence[float] | None,
     observe: bool,
     exact: bool,
+    eased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(
-        left, right, ranges, knobs, key, row, vector, strides, linear, lut_min, gate, quantiles, observe, exact
+        left, right, ranges, knobs, key, row, vector, strides, linear, lut_min, gate, quantiles, observe, exact, eased
     )
 
 

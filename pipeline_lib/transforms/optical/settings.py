@@ -11,8 +11,8 @@ from pipeline_lib.transforms.calibration import Calibration
 from pipeline_lib.transforms.patterns import IN_LAYERS, SitePatterns, merge
 
 LAYERS: Any = {f"linear:{IN_LAYERS}": {}, f"product:{IN_LAYERS}": {}}
-MOST_LEVELS = 2**24
-"""Up to here every level has a number in fp32."""
+MOST_LEVELS = 2**22
+"""Up to here the number of a level has a fraction in fp32 to be rounded."""
 
 Levels = Annotated[int, Field(ge=2, le=MOST_LEVELS)]
 

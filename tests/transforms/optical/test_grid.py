@@ -117,7 +117,7 @@ def test_dither_makes_the_mean_exact_where_rounding_alone_would_not() -> None:
     assert abs(y.mean() - 0.3) < 4 * (0.3 * 0.7 / y.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("levels", [2, 256, 2**20, 2**24])
+@pytest.mark.parametrize("levels", [2, 256, 2**20, 2**22])
 def test_dither_never_leaves_the_range(levels: int) -> None:
     x = torch.tensor([-1.0, 1.0]).repeat(2, 512)[:, None]
     y = quantise_result(x.clone(), grid(-1.0, 1.0, levels), draw(strides=(1,)))
