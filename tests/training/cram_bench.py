@@ -9,10 +9,11 @@ from typing import Any
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.registry import METHODS
-from pipeline_lib.training.recipes.cram import Settings
+from pipeline_lib.training.recipes import cram
 from tests.training_bench import MODELS, make_tokens, make_with_transformers
 
 BUDGET = {"flops": 2.4e8}
+Settings: Any = cram.Settings
 SMALL: dict[str, dict[str, Any]] = {
     "layer-stacking": {"initial_layers": 1},
     "layer-dropping": {"group": 2},

@@ -236,7 +236,7 @@ def test_groups_have_gates_of_their_own_whatever_the_micro_batch(bench: Bench) -
     assert len({row["layers"] for row in result(found[0])["work"]}) > 1
     for one, other in ((found[0], found[1]), (found[1], found[2])):
         assert losses(one) == pytest.approx(losses(other), rel=1e-4)
-    made = layer_dropping.method(layer_dropping.Settings(group=2, keep=0.3), JOB)
+    made = layer_dropping.method(layer_dropping.Settings.model_validate({"group": 2, "keep": 0.3}), JOB)
     made.cram = SimpleNamespace(progress=lambda step: 0.5)  # type: ignore[assignment]
     gates = {tuple(made.layers(range(8), step, first, True)) for step in range(3) for first in range(0, 8, 2)}
     assert len(gates) > 6
