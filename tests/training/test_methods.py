@@ -54,6 +54,19 @@ def test_the_same_losses_again_and_after_a_kill(bench: Bench, name: str) -> None
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["bitflip", "ternary"])
+def test_methods_work_on_transformed_models(bench: Bench, kind: str) -> None:
+    """Passes that only look have the faults of their step, so a resumed training chooses the same."""
+    flips = {"type": "bitflip", "weight": {"p_frac": 0.01}, "input": {"p_frac": 0.01}}
+    given: dict[str, Any] = {"methods": composed(), "transform": [flips if kind == "bitflip" else {"type": kind}]}
+    whole = bench.train(f"{kind}-whole", **given)
+    bench.train(f"{kind}-killed", dies_after=4, **given)
+    out = bench.train(f"{kind}-killed", **given)
+    assert losses(out) == losses(whole)
+    assert result(out) == result(whole)
+    assert losses(whole) != losses(bench.train("plain", methods=composed()))
+
+
 @pytest.mark.parametrize("name", methods())
 def test_every_method_changes_what_is_trained(bench: Bench, name: str) -> None:
     with_it = bench.train(f"{name}-with", methods=[method(name)])
