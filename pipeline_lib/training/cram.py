@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,13 @@ from pipeline_lib.config.registry import METHODS
 from pipeline_lib.models.blocks import blocks, only
 from pipeline_lib.training import distributed
 from pipeline_lib.training.batching import micro_seed
-from pipeline_lib.training.budget import Table, flop_rate, flops, rtx3090
+from pipeline_lib.training.budget import flops
 from pipeline_lib.training.build import autocast
 from pipeline_lib.training.flops import forward_parts
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.masking import TextHooks
+from pipeline_lib.training.meter import Meter
 from pipeline_lib.training.methods import Method
 from pipeline_lib.training.schedules import budget_lr_factor
 from pipeline_lib.training.settings import option
@@ -39,7 +39,7 @@ class CramHooks(TextHooks):
         methods: in the order of the recipe's list.
         work: passes done; charged before the step that they belong to.
         place: sequences of the training text read so far, by all ranks together.
-        seconds: this machine's, in steps alone; validation, checkpoints and start-up are not among them.
+        meter: what of a `budget` is spent; None where the training is counted in steps.
     """
 
     settings: Settings
@@ -47,8 +47,8 @@ class CramHooks(TextHooks):
     def __init__(self, settings: Settings, job: Job) -> None:
         super().__init__(settings, job)
         self.methods: list[Method] = [METHODS.load(s.type).method(s, job) for s in settings.methods]  # type: ignore[attr-defined]
-        self.work, self.place, self.seconds, self._last_seconds = Work(), 0, 0.0, 0.0
-        self._started: float | None = None
+        self.work, self.place = Work(), 0
+        self.meter: Meter | None = None
         self._active: Collection[int] = ()
         self._present: Collection[int] = ()
         self._valid_at = 0
@@ -72,7 +72,8 @@ class CramHooks(TextHooks):
                 fix="set compile to false, train on one device, or remove the method that leaves layers out",
             )
         self.flops: Price = flops(*forward_parts(loop.model, self.settings.seq_len, self._head_share()))
-        self._price = self._reference()
+        if self.settings.budget is not None:
+            self.meter = Meter(self.settings.budget, self.work, self.flops, self._job)
         for method in self.methods:
             method.cram, method.loop = self, loop
             method.prepare()
@@ -81,55 +82,23 @@ class CramHooks(TextHooks):
         """Share of tokens that the model's head is computed for."""
         return self.settings.mask_rate if self.encoder and hasattr(self.loop.model, "masked_logits") else 1.0
 
-    def _reference(self) -> Price:
-        budget = self.settings.budget
-        if budget is None or budget.rst_hours is None or budget.reference == "flops":
-            rate = flop_rate()
-            return lambda kind, layers, sequences: self.flops(kind, layers, sequences) / rate
-        if budget.reference == "rtx3090":
-            return rtx3090
-        if budget.measured:
-            from pipeline_lib.artifacts.files import read_json
-
-            return Table(seconds=read_json(self._job.inputs["timing"] / "timing.json")["provenance"]["seconds"]).price
-        assert isinstance(budget.reference, Table)
-        return budget.reference.price
-
     # -- what is spent -------------------------------------------------------------------------------------------------
 
     def spent(self) -> float:
-        """What the work so far costs, in the budget's unit; steps where there is no `budget`."""
-        budget = self.settings.budget
-        if budget is None:
-            return float(self.loop.step)
-        if budget.rst_hours is not None:
-            return self.work.cost(self._price) / 3600
-        if budget.flops is not None:
-            return self.work.cost(self.flops)
-        return self.seconds / 3600
-
-    @property
-    def total(self) -> float:
-        """What may be spent, in the same unit."""
-        budget = self.settings.budget
-        if budget is None:
-            return float(self._steps)
-        total = budget.rst_hours or budget.flops or budget.wall_hours
-        assert total is not None  # one of them is given
-        return total
+        """What the steps so far cost, in the budget's unit; steps where there is no `budget`."""
+        return float(self.loop.step) if self.meter is None else self.meter.spent()
 
     def progress(self, step: int) -> float:
         """Share of the budget spent so far; between steps that is after `step` of them."""
-        return super().progress(step) if self.settings.budget is None else self.spent() / self.total
+        return super().progress(step) if self.meter is None else self.meter.share()
 
     def lr_factor(self, step: int) -> float:
         """The schedule where the budget stands when this step is done: its end meets the schedule's end."""
         recipe = self.settings
-        if recipe.budget is None:
+        if self.meter is None:
             factor, progress = super().lr_factor(step), (step + 1) / self._steps
         else:
-            ahead = self._last_seconds / 3600 / self.total if recipe.budget.wall_hours else 0.0
-            progress = self.progress(step) + ahead  # other work is charged already
+            progress = self.meter.ahead()
             factor = budget_lr_factor(progress, recipe.warmup_fraction or 0.0, recipe.decay, recipe.min_lr_factor)
         for method in self.methods:
             if method.lr is not None:
@@ -160,7 +129,8 @@ class CramHooks(TextHooks):
 
     def read(self, loop: Loop, step: int) -> list[tuple[int, Batch]]:
         """This rank's share of what the methods choose to train on, cut where the layers change."""
-        self._started = time.monotonic()
+        if self.meter is not None:
+            self.meter.start()
         for method in self.methods:
             method.before_step(step)
         count = self.settings.global_batch
@@ -295,10 +265,8 @@ class CramHooks(TextHooks):
         """Stop the clock; let the methods act; measure the validation loss where it is due."""
         for method in self.methods:
             method.after_step(step)
-        if self._started is not None:
-            self._last_seconds = distributed.from_first(time.monotonic() - self._started)
-            self.seconds, self._started = self.seconds + self._last_seconds, None
-        if self.settings.budget is not None:
+        if self.meter is not None:
+            self.meter.stop()
             loop.figures["progress"], loop.figures["spent"] = self.progress(step), self.spent()
         self._validate(step)
 
@@ -335,7 +303,7 @@ class CramHooks(TextHooks):
         """Work, place in the text, clock, and what the methods remember."""
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {"work": self.work.table(), "place": self.place, "valid_at": self._valid_at}
-        values |= {"seconds": self.seconds, "last_seconds": self._last_seconds, "methods": []}
+        values |= {"meter": None if self.meter is None else self.meter.state(), "methods": []}
         for number, method in enumerate(self.methods):
             own, more = method.state()
             tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
@@ -346,7 +314,8 @@ class CramHooks(TextHooks):
         """Take back what `state` gave."""
         self.work.load(values["work"])
         self.place, self._valid_at = values["place"], values["valid_at"]
-        self.seconds, self._last_seconds = values["seconds"], values["last_seconds"]
+        if self.meter is not None:
+            self.meter.load(values["meter"])
         for number, (method, more) in enumerate(zip(self.methods, values["methods"], strict=True)):
             mark = f"{number}/"
             method.load({name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}, more)

@@ -86,6 +86,11 @@ def method(name: str) -> dict[str, Any]:
     return {name: SMALL.get(name, {})}
 
 
+def composed() -> list[dict[str, Any]]:
+    """The three methods that change layers and text, together."""
+    return [method(name) for name in SMALL]
+
+
 def methods() -> list[str]:
     """All registered methods that train on nothing but text; one that NEEDS more has its own tests."""
     return [name for name in METHODS.names() if not getattr(METHODS.load(name), "NEEDS", ())]
