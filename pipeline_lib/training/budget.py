@@ -160,3 +160,10 @@ def unfit_reference(budget: Budget, model: Mapping[str, Any], global_batch: int,
     if global_batch != RTX3090_BATCH:
         return f"reference rtx3090 was measured with a global batch of {RTX3090_BATCH}, not {global_batch}"
     return None
+
+
+def unfit_count(budget: Budget | None, name: str, sequences: int) -> str | None:
+    """Why the RTX 3090's table has no time for passes of so many sequences, or None."""
+    if budget is None or budget.rst_hours is None or budget.reference != "rtx3090" or not sequences % RTX3090_SEQUENCES:
+        return None
+    return f"reference rtx3090 was measured with {RTX3090_SEQUENCES} sequences, and {name} {sequences} is no multiple"

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline_lib.config.base import Settings as Base
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.training.budget import unfit_count
 from pipeline_lib.training.methods import Method
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def refuses(settings: Settings, recipe: Recipe, model: Model) -> str | None:
         return f"it chooses from the train split, and the recipe trains on split {recipe.split}"
     if settings.mega_batch < recipe.global_batch:
         return f"mega_batch {settings.mega_batch} is smaller than global_batch {recipe.global_batch}"
-    return None
+    return unfit_count(recipe.budget, "mega_batch", settings.mega_batch)
 
 
 def reads(settings: Settings, recipe: Recipe) -> float:

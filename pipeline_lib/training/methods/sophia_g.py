@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.training.budget import unfit_count
 from pipeline_lib.training.methods import Method
 from pipeline_lib.training.settings import Positive, Share
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pipeline_lib.artifacts.job import Job
+    from pipeline_lib.config.schema import Model
     from pipeline_lib.training.curvature import Curvature
+    from pipeline_lib.training.recipes.cram import Settings as Recipe
 
 OPTIMIZER = True
 
@@ -40,6 +43,13 @@ class Settings(Base):
         "logits, at all positions, and only the last 128 sequences count",
     )
     free_updates: bool = Field(False, description="estimates cost the budget nothing (an ablation)")
+
+
+def refuses(settings: Settings, recipe: Recipe, model: Model) -> str | None:
+    """The budget must know what an estimate costs."""
+    return (
+        None if settings.free_updates else unfit_count(recipe.budget, "hessian_sequences", settings.hessian_sequences)
+    )
 
 
 def method(settings: Settings, job: Job) -> Method:
