@@ -79,6 +79,13 @@ def test_it_leaves_ranges_and_a_report(tmp_path: Path, inputs: dict[str, Path]) 
         assert 0 < figures["output_error_after"] < 1
 
 
+def test_fewer_tokens_than_asked_for_are_all_used(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    made = job(tmp_path, inputs, clip=Clip(samples=2))
+    assert made.settings["transform"][0]["clip"]["tokens"] == 512
+    clip.run(made)
+    assert len(read_json(made.out / clip.REPORT)["result"]["layers"]) == SEARCHED
+
+
 def test_a_killed_search_goes_on_to_the_same_bytes(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
