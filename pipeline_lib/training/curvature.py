@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from pipeline_lib.config.errors import UserError
@@ -108,7 +109,7 @@ class Curvature:
         for gradient in gradients:
             gradient.div_(scale)
         norm = torch.nn.utils.get_total_norm(gradients)
-        return math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        return math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
 
 @contextmanager
