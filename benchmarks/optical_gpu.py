@@ -3,8 +3,8 @@
     python -m benchmarks.optical_gpu [--models 60m] [--batch 8] [--rounds 7] [--skip-kernel]
 
 Training steps of models of config.yaml in bf16 on sequences of 2,048 tokens, eager, with the transform's defaults;
-"plain torch" is that of benchmarks.optical_step. Peak memory is torch's own account of a step. Then, for the shapes of one
-layer, the forward product by size of the kernel's tile, which changes no value: what its constants are chosen by.
+"plain torch" is that of benchmarks.optical_step. Peak memory is torch's own account of a step. Then, for the shapes of
+one layer, the forward product by size of the kernel's tile, which changes no value: what its constants are chosen by.
 Rounds are interleaved; figures are medians. Prints tables and writes benchmarks/optical_gpu.json. Without a GPU it
 refuses.
 
