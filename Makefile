@@ -31,7 +31,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .snakemake
 
 # Figures and studies, committed as JSON; on a machine that does nothing else (docs/studies, benchmarks/README.md).
-BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu int2_cpu int2_block ternary_cpu
+BENCHMARKS := planning startup sweep nano_training bitflip_step bitflip_cpu int2_cpu int2_block ternary_cpu optical_step
 STUDIES := study-robustness study-kills study-defences study-flips study-int2 study-relora study-optical
 
 .PHONY: bench chaos $(STUDIES)

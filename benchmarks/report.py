@@ -15,11 +15,18 @@ INTRODUCTION = """# Benchmarks
 Made by `make bench`, from the JSON files beside this page; each script says what it measures and how.
 Every ratio compares runs of one machine, taken in turn.
 """
-UNMEASURED = """## bitflip_gpu
+UNMEASURED = {
+    "bitflip_gpu": """## bitflip_gpu
 
 The speed of bit flips on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
 `pip install mase-triton==0.0.7` and then `python -m benchmarks.bitflip_gpu` measure it and write the table here.
-"""
+""",
+    "optical_gpu": """## optical_gpu
+
+The speed of optical products on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
+`python -m benchmarks.optical_gpu` measures it and writes the table here.
+""",
+}
 
 
 def machine() -> dict[str, Any]:
@@ -48,7 +55,7 @@ def write(name: str, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Non
 def page() -> str:
     """README.md: the table of every JSON file here, from the files alone, and what is not measured."""
     measured = [_section(path) for path in sorted(FOLDER.glob("*.json"))]
-    missing = [] if (FOLDER / "bitflip_gpu.json").exists() else [UNMEASURED]
+    missing = [text for name, text in UNMEASURED.items() if not (FOLDER / f"{name}.json").exists()]
     return "\n".join([INTRODUCTION, *measured, *missing])
 
 

@@ -184,11 +184,11 @@ def _ramp(study: dict[str, Any]) -> str:
 def _continued(study: dict[str, Any]) -> str:
     pairs = zip(values(study, "clean-continued"), values(study, "clean"), strict=True)
     mean, half = interval([own - before for own, before in pairs])
-    gains = mean < 0 and abs(mean) > half
+    gains = "improve it by themselves" if mean < 0 and abs(mean) > half else "are no gain by themselves"
     return (
-        f"Continuing in exact arithmetic changes the clean model by {number(mean, 3)} ± {number(half, 2)}: so few steps, at "
-        f"the one learning rate tried, {'improve it by themselves' if gains else 'are no gain by themselves'}, and what "
-        "continuing under the transform does is to be read against that.\n"
+        f"Continuing in exact arithmetic changes the clean model by {number(mean, 3)} ± {number(half, 2)}: so few steps, "
+        f"at the one\nlearning rate tried, {gains}, and what continuing under the transform does is to be\nread against "
+        "that.\n"
     )
 
 

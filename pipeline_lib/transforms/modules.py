@@ -171,7 +171,7 @@ class InnerAttentionAtSites:
 def _by_device(
     functions: SiteFunctions, operand: Tensor, weight: Tensor | None, meet: Any, as_stored: bool = False
 ) -> Tensor:
-    """`meet(operand, weight, first_sequence)` with the weight that a sequence's virtual device loads, or stored tensors.
+    """`meet(operand, weight, first_sequence)` with the weight a virtual device loads, or its stored tensors.
 
     `operand` is the part of the batch that begins with sequence `first_sequence` of it.
     """

@@ -14,7 +14,7 @@ from pipeline_lib.artifacts.files import write_json
 from pipeline_lib.config.plan import Plan
 
 NAMES = {
-    "bitflip_cpu", "bitflip_gpu", "bitflip_step", "int2_block", "int2_cpu", "int2_gpu", "nano_training", "planning", "startup", "sweep", "ternary_cpu", "ternary_gpu"
+    "bitflip_cpu", "bitflip_gpu", "bitflip_step", "int2_block", "int2_cpu", "int2_gpu", "nano_training", "optical_gpu", "optical_step", "planning", "startup", "sweep", "ternary_cpu", "ternary_gpu"
 }  # fmt: skip
 
 

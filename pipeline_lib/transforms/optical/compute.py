@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,14 +63,16 @@ class OpticalProduct(nn.Module, Compute):
     def forward(self, left: Tensor, right: Tensor, bias: Tensor | None = None, *, draw: Draw | None = None) -> Tensor:
         """See `Compute`. The bias is added in exact arithmetic."""
         kind = left.device.type
-        if torch.is_autocast_enabled(kind):
+        lower = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if lower:
             left, right = (t.to(torch.get_autocast_dtype(kind)) for t in (left, right))
         observe = self.training or self.observing
         if not observe and not self._known:
             self._check()
         settings = self.settings
-        how = How(self._linear, settings.lut_min, settings.gate, settings.quantiles, observe, self.observing)
-        with torch.autocast(kind, enabled=False):
+        eased = self.training and settings.ramp is not None and settings.ramp.of == "noise"
+        how = How(self._linear, settings.lut_min, settings.gate, settings.quantiles, observe, self.observing, eased)
+        with torch.autocast(kind, enabled=False) if lower else nullcontext():
             y, reach = product(left, right, self.ranges, self._strength(draw), draw if settings.dither else None, how)
         if observe:
             with torch.no_grad():

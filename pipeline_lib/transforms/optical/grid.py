@@ -108,10 +108,11 @@ def quantise_result(value: Tensor, grid: Grid, draw: Draw | None) -> Tensor:
         size = max(_CHUNK // features, 1)
         row, vector = _numbers(draw, value.shape) if draw is not None else (None, None)
         for first in range(0, len(flat), size):
-            part, noise = slice(first, first + size), None
+            vectors_here, noise = flat[first : first + size], None
             if draw is not None and row is not None and vector is not None:
-                noise = _dither(row[part], vector[part], features, int(draw.key))
-            _round(flat[part], grid, noise, out=flat[part])
+                here = slice(first, first + size)
+                noise = _dither(row[here], vector[here], features, int(draw.key))
+            _round(vectors_here, grid, noise, out=vectors_here)
     return value
 
 
@@ -140,6 +141,11 @@ def dither(draw: Draw, shape: torch.Size) -> Tensor:
     if draw.key.device.type == "cpu":
         row, vector = _numbers(draw, shape)
         return _dither(row, vector, features, int(draw.key)).view(shape)
+    return _dither_of_tensors(draw, shape)
+
+
+def _dither_of_tensors(draw: Draw, shape: torch.Size) -> Tensor:
+    features = shape[-1]
     row, vector = (number[..., None] for number in vectors(draw, shape))
     call = torch.arange(-(-features // PER_CALL), device=draw.key.device)
     tag = torch.full((), TAG, dtype=torch.int64, device=draw.key.device)

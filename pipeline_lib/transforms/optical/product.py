@@ -28,6 +28,7 @@ class How(NamedTuple):
         lut_min, gate, quantiles: see the settings.
         observe: tell what was seen.
         exact: only observe, compute exactly.
+        eased: the slack may be other than 0.
     """
 
     linear: bool
@@ -36,6 +37,7 @@ class How(NamedTuple):
     quantiles: tuple[float, float] | None
     observe: bool
     exact: bool
+    eased: bool = False
 
 
 def product(
@@ -54,12 +56,13 @@ def product(
         [rows, …, n, m] in the dtype of left; [3, 2] fp32, (−least, largest) value of left, right and the result before
         it is rounded, −inf where nothing was observed.
     """
-    place = [] if draw is None else [draw.key, draw.first_row, draw.first_element]
+    place = (None, None, None) if draw is None else (draw.key, draw.first_row, draw.first_element)
     strides = [] if draw is None or draw.strides is None else list(draw.strides)
-    inputs = (left, right, ranges, knobs, place, strides, how.linear, how.lut_min, how.gate, how.quantiles)
+    inputs = (left, right, ranges, knobs, *place, strides, how.linear, how.lut_min, how.gate, how.quantiles)
+    inputs = (*inputs, how.observe, how.exact, how.eased)
     if torch.compiler.is_compiling():
-        return _product_op(*inputs, how.observe, how.exact)[:2]
-    return _Product.apply(*inputs, how.observe, how.exact)[:2]  # eager: without an operator's overhead
+        return _product_op(*inputs)[:2]
+    return _Product.apply(*inputs)[:2]  # type: ignore[index]  # eager: without an operator's overhead
 
 
 def _forward(
@@ -67,7 +70,9 @@ def _forward(
     right: Tensor,
     ranges: Tensor,
     knobs: Tensor,
-    place: Sequence[Tensor],
+    key: Tensor | None,
+    row: Tensor | None,
+    vector: Tensor | None,
     strides: Sequence[int],
     linear: bool,
     lut_min: float | None,
@@ -75,15 +80,28 @@ def _forward(
     quantiles: Sequence[float] | None,
     observe: bool,
     exact: bool,
+    eased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    draw = Draw(*place, strides=tuple(strides)) if place else None
+    draw = None
+    if key is not None and row is not None and vector is not None:
+        draw = Draw(key, row, vector, strides=tuple(strides))
     how = How(linear, lut_min, gate, None if quantiles is None else (quantiles[0], quantiles[1]), observe, exact)
-    return reference(left, right, ranges, knobs, draw, how)
+    if not left.is_cuda or exact or (observe and quantiles is not None):
+        return reference(left, right, ranges, knobs, draw, how)
+    from pipeline_lib.transforms.optical.kernel import launch
+
+    reach = torch.full((3, 2), -torch.inf, device=left.device)
+    if observe:
+        reach[0], reach[1] = observed(left, None), observed(right, None)
+    y, reach[2], outside = launch(
+        left, right, ranges, knobs, draw, linear=linear, lut_min=lut_min, gate=gate, observe=observe, eased=eased
+    )
+    return y, reach, outside
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     left, right, ranges = inputs[:3]
-    ctx.linear, gate = inputs[6], inputs[8]
+    ctx.linear, gate = inputs[8], inputs[10]
     # The ranges move before a backward pass that comes late.
     ctx.save_for_backward(left, right, *((ranges.clone(), output[2]) if gate else ()))
     ctx.mark_non_differentiable(*output[1:])
@@ -102,7 +120,7 @@ def _backward(ctx: Any, *gradients: Any) -> Any:
     if gates:
         of_left = None if of_left is None else of_left.masked_fill(_outside(left, gates[0][0]), 0)
         of_right = None if of_right is None else of_right.masked_fill(_outside(right, gates[0][1]), 0)
-    return of_left, of_right, *([None] * 10)
+    return of_left, of_right, *([None] * 13)
 
 
 class _Product(torch.autograd.Function):
@@ -115,7 +133,9 @@ def _product_op(
     right: Tensor,
     ranges: Tensor,
     knobs: Tensor,
-    place: Sequence[Tensor],
+    key: Tensor | None,
+    row: Tensor | None,
+    vector: Tensor | None,
     strides: Sequence[int],
     linear: bool,
     lut_min: float | None,
@@ -123,13 +143,16 @@ def _product_op(
     quantiles: Sequence[float] | None,
     observe: bool,
     exact: bool,
+    eased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(left, right, ranges, knobs, place, strides, linear, lut_min, gate, quantiles, observe, exact)
+    return _forward(
+        left, right, ranges, knobs, key, row, vector, strides, linear, lut_min, gate, quantiles, observe, exact, eased
+    )
 
 
 @_product_op.register_fake
 def _(left: Tensor, right: Tensor, ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    linear, gate = _[3], _[5]
+    linear, gate = _[5], _[7]
     y = left.new_empty(*left.shape[:-1], right.shape[0] if linear else right.shape[-1])
     return y, torch.empty_like(ranges), left.new_empty(y.shape if gate else 0, dtype=torch.bool)
 

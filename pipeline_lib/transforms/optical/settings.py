@@ -11,8 +11,8 @@ from pipeline_lib.transforms.calibration import Calibration
 from pipeline_lib.transforms.patterns import IN_LAYERS, SitePatterns, merge
 
 LAYERS: Any = {f"linear:{IN_LAYERS}": {}, f"product:{IN_LAYERS}": {}}
-MOST_LEVELS = 2**24
-"""Up to here every level has a number in fp32."""
+MOST_LEVELS = 2**22
+"""Up to here the number of a level has a fraction in fp32 to be rounded."""
 
 Levels = Annotated[int, Field(ge=2, le=MOST_LEVELS)]
 
@@ -31,12 +31,12 @@ class Observation(Calibration):
 
 
 class Ramp(Base):
-    """A training that begins with (nearly) exact arithmetic; evaluations are always at full strength."""
+    """A training that begins close to exact arithmetic; evaluations are always at full strength."""
 
     of: Literal["levels", "noise"] = Field(
         default="levels",
-        description="levels: their number falls geometrically from from_levels; noise: what rounding, clamping and "
-        "dither add to a value grows linearly from nothing",
+        description="levels: their number falls geometrically from from_levels, lut_min stays as it is; noise: what "
+        "rounding, clamping and dither add to a value grows linearly from nothing",
     )
     steps: int = Field(ge=1, description="optimizer steps after which the transform has its full strength")
     from_levels: Levels = Field(default=2**16, description="levels of everything in step 0, with of: levels")
