@@ -102,8 +102,9 @@ class Bench:
         """Depths to time so that all passes together take about `limit` seconds; sets `sequences`, too."""
         most, every = self.sequences, list(range(1, self.depth + 1))
         self.sequences, self.batch = 1, {name: tensor[:1] for name, tensor in self.batch.items()}
-        self.times("hessian", self.depth, 0.0)
-        one = statistics.median(self.times("train", self.depth, 0.0))
+        self._train()
+        one = self._timed(self._train)
+        self.optimizer.zero_grad(set_to_none=True)
         passes = len(KINDS) * (1 + LEAST_REPEATS) * self.depth
         self.sequences = max(1, min(most, int(limit / (passes * one))))
         self.batch = self._text()

@@ -96,7 +96,7 @@ def method(name: str) -> dict[str, Any]:
 
 def composed() -> list[dict[str, Any]]:
     """The three methods that change layers and text, together."""
-    return [method(name) for name in SMALL]
+    return [method(name) for name in ("layer-stacking", "layer-dropping", "selective-backprop")]
 
 
 def methods() -> list[str]:
