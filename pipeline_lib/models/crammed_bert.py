@@ -46,7 +46,8 @@ class CrammedBertConfig(PreTrainedConfig):
         self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
         self.max_position_embeddings, self.layer_norm_eps = max_position_embeddings, layer_norm_eps
         self.initializer_range, self.hidden_dropout_prob = initializer_range, hidden_dropout_prob
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 class Embeddings(nn.Module):
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         """hidden_BTD."""
         split = (*hidden_BTD.shape[:2], -1, self.head_dim)
         query, key, value = (p(hidden_BTD).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
         dropout = self.dropout.p if self.training else 0.0
         found, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
         return self.o_proj(found.reshape(hidden_BTD.shape).contiguous())

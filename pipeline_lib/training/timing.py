@@ -35,31 +35,44 @@ KINDS = ("train", "forward", "hessian")
 
 
 def measure(job: Job) -> None:
-    """Leave timing.json: seconds a sequence of each kind of pass through 1 … all layers, on one device."""
+    """Leave timing.json: seconds a sequence of each kind of pass through 1 … all layers, on one device.
+
+    On a slow machine fewer sequences are timed, and then fewer depths; what lies between these is on a straight line.
+    """
     if option(job, "threads", 0):
         torch.set_num_threads(int(job.execution["threads"]))
     bench = Bench(job)
-    seconds: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-    spread: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-    shapes = [(kind, layers) for layers in range(bench.depth, 0, -1) for kind in KINDS]
+    depths = bench.fit(SECONDS)
+    shapes = [(kind, layers) for layers in sorted(depths, reverse=True) for kind in KINDS]
+    found: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    spread: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     end = time.monotonic() + SECONDS
     with Progress("timing", len(shapes), "passes") as progress:
         for number, (kind, layers) in enumerate(shapes):
             left = (end - time.monotonic()) / (len(shapes) - number)
             times = bench.times(kind, layers, left)
-            seconds[kind][str(layers)] = statistics.median(times) / bench.sequences
-            spread[kind][str(layers)] = (max(times) - min(times)) / statistics.median(times)
+            found[kind][layers] = statistics.median(times) / bench.sequences
+            spread[kind][layers] = (max(times) - min(times)) / statistics.median(times)
             progress.update()
-    for kind in KINDS:
-        seconds[kind] = dict(sorted(seconds[kind].items(), key=lambda item: int(item[0])))
-    here = seconds["train"][str(bench.depth)]
-    speed = bench.reference_seconds() / here
+    seconds = {kind: filled(found[kind], bench.depth) for kind in KINDS}
+    speed = bench.reference_seconds() / seconds["train"][bench.depth]
     say(f"an hour of reference `flops` takes {1 / speed:.3g} h here, with the whole model on one device")
-    result = {"kinds": list(KINDS), "layers": bench.depth}
     measured = {"seconds": seconds, "spread": spread, "micro_batch": bench.sequences, "device": bench.device_name()}
-    write_json(
-        job.out / "timing.json", {"result": result, "provenance": {**measured, "flops_reference_per_second": speed}}
-    )
+    more = {"measured_depths": sorted(depths), "flops_reference_per_second": speed}
+    result = {"kinds": list(KINDS), "layers": bench.depth}
+    write_json(job.out / "timing.json", {"result": result, "provenance": {**measured, **more}})
+
+
+def filled(seconds: dict[int, float], depth: int) -> dict[int, float]:
+    """Seconds through 1 … depth layers: as measured, and on straight lines between."""
+    known = sorted(seconds)
+    whole = {}
+    for layers in range(1, depth + 1):
+        low = max(at for at in known if at <= layers)
+        high = min(at for at in known if at >= layers)
+        share = (layers - low) / (high - low) if high > low else 0.0
+        whole[layers] = seconds[low] + share * (seconds[high] - seconds[low])
+    return whole
 
 
 class Bench:
@@ -84,6 +97,18 @@ class Bench:
         self.model.train().to(self.device)
         self.optimizer = self.hooks.optimizer(self.model.parameters())
         self.batch = self._text()
+
+    def fit(self, limit: float) -> list[int]:
+        """Depths to time so that all passes together take about `limit` seconds; sets `sequences`, too."""
+        most, every = self.sequences, list(range(1, self.depth + 1))
+        self.sequences, self.batch = 1, {name: tensor[:1] for name, tensor in self.batch.items()}
+        self._train()
+        one = self._timed(self._train)
+        self.optimizer.zero_grad(set_to_none=True)
+        passes = len(KINDS) * (1 + LEAST_REPEATS) * self.depth
+        self.sequences = max(1, min(most, int(limit / (passes * one))))
+        self.batch = self._text()
+        return every if passes * one <= limit else sorted({1, (self.depth + 1) // 2, self.depth})
 
     def _text(self) -> Batch:
         generator = torch.Generator().manual_seed(0)

@@ -9,10 +9,11 @@ from typing import Any
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.registry import METHODS
-from pipeline_lib.training.recipes.cram import Settings
+from pipeline_lib.training.recipes import cram
 from tests.training_bench import MODELS, make_tokens, make_with_transformers
 
 BUDGET = {"flops": 2.4e8}
+Settings: Any = cram.Settings
 SMALL: dict[str, dict[str, Any]] = {
     "layer-stacking": {"initial_layers": 1},
     "layer-dropping": {"group": 2},
@@ -52,7 +53,14 @@ class Bench:
         self.inputs = {"tokens": make_tokens(root), "tokenizer": root / "tokenizer"}
         make_with_transformers(root)
 
-    def job(self, name: str, shape: str = "crammed", execution: dict[str, Any] | None = None, **recipe: Any) -> Job:
+    def job(
+        self,
+        name: str,
+        shape: str = "crammed",
+        execution: dict[str, Any] | None = None,
+        transform: list[dict[str, Any]] | None = None,
+        **recipe: Any,
+    ) -> Job:
         """The job of a name; `recipe` overrides settings."""
         given = {"global_batch": 8, "seq_len": 16, "lr": 1e-2, **recipe}
         if not {"budget", "steps"} & set(given):
@@ -60,7 +68,7 @@ class Bench:
         settings = Settings(**given).resolved(None)
         work = self.root / name
         (work / "out").mkdir(parents=True, exist_ok=True)
-        spec = {"model": SHAPES[shape], "transform": [], "recipe": settings.semantic(), "seed": 3}
+        spec = {"model": SHAPES[shape], "transform": transform or [], "recipe": settings.semantic(), "seed": 3}
         run = {"tracking": {"wandb": "off"}, "log_every": 1, "micro_batch": 4, "checkpoint_every": 3}
         run |= {"recipe": settings.operational(), **(execution or {})}
         return Job("train", name, "c" * 64, json.loads(json.dumps(spec)), self.inputs, work, work / "out", run)
@@ -88,7 +96,7 @@ def method(name: str) -> dict[str, Any]:
 
 def composed() -> list[dict[str, Any]]:
     """The three methods that change layers and text, together."""
-    return [method(name) for name in SMALL]
+    return [method(name) for name in ("layer-stacking", "layer-dropping", "selective-backprop")]
 
 
 def methods() -> list[str]:

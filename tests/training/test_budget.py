@@ -15,9 +15,9 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.experiments import Experiments
 from pipeline_lib.config.schema import Config
 from pipeline_lib.training.budget import RTX3090, Budget, Table, flop_rate, rtx3090
-from pipeline_lib.training.recipes.cram import Settings
 from pipeline_lib.training.schedules import budget_lr_factor
 from pipeline_lib.training.work import Work
+from tests.training.cram_bench import Settings
 
 HOUR = 3600.0
 
@@ -177,10 +177,10 @@ def test_a_timing_file_is_known_by_its_numbers(tmp_path: Path) -> None:
     assert settings.semantic()["budget"]["reference"] == {"seconds": {"train": {2: 0.5}}}
     path.unlink()
     again = Settings(**json.loads(json.dumps(settings.resolved().semantic())))
-    assert isinstance(again.budget.reference, Table)  # type: ignore[union-attr]
-    assert again.budget.reference.price("train", 2, 4) == 2.0  # type: ignore[union-attr]
+    assert isinstance(again.budget.reference, Table)
+    assert again.budget.reference.price("train", 2, 4) == 2.0
     with pytest.raises(ValueError, match="no time for a forward pass through 2 layers"):
-        again.budget.reference.price("forward", 2, 4)  # type: ignore[union-attr]
+        again.budget.reference.price("forward", 2, 4)
 
 
 CRAMMED = {"dim": 768, "layers": 16, "heads": 12, "ffn": 3072, "crammed": True}

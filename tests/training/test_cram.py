@@ -16,9 +16,8 @@ from pipeline_lib.models import bert
 from pipeline_lib.training.cram import CramHooks
 from pipeline_lib.training.meter import Meter
 from pipeline_lib.training.methods import Method
-from pipeline_lib.training.recipes.cram import Settings
 from tests.models.test_crammed_bert import PUBLISHED
-from tests.training.cram_bench import Bench, lines, losses, method, result
+from tests.training.cram_bench import Bench, Settings, lines, losses, method, result
 
 
 @pytest.fixture(scope="module")

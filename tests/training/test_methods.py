@@ -54,6 +54,19 @@ def test_the_same_losses_again_and_after_a_kill(bench: Bench, name: str) -> None
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["bitflip", "ternary"])
+def test_methods_work_on_transformed_models(bench: Bench, kind: str) -> None:
+    """Passes that only look have the faults of their step, so a resumed training chooses the same."""
+    flips = {"type": "bitflip", "weight": {"p_frac": 0.01}, "input": {"p_frac": 0.01}}
+    given: dict[str, Any] = {"methods": composed(), "transform": [flips if kind == "bitflip" else {"type": kind}]}
+    whole = bench.train(f"{kind}-whole", **given)
+    bench.train(f"{kind}-killed", dies_after=4, **given)
+    out = bench.train(f"{kind}-killed", **given)
+    assert losses(out) == losses(whole)
+    assert result(out) == result(whole)
+    assert losses(whole) != losses(bench.train("plain", methods=composed()))
+
+
 @pytest.mark.parametrize("name", methods())
 def test_every_method_changes_what_is_trained(bench: Bench, name: str) -> None:
     with_it = bench.train(f"{name}-with", methods=[method(name)])
@@ -236,7 +249,7 @@ def test_groups_have_gates_of_their_own_whatever_the_micro_batch(bench: Bench) -
     assert len({row["layers"] for row in result(found[0])["work"]}) > 1
     for one, other in ((found[0], found[1]), (found[1], found[2])):
         assert losses(one) == pytest.approx(losses(other), rel=1e-4)
-    made = layer_dropping.method(layer_dropping.Settings(group=2, keep=0.3), JOB)
+    made = layer_dropping.method(layer_dropping.Settings.model_validate({"group": 2, "keep": 0.3}), JOB)
     made.cram = SimpleNamespace(progress=lambda step: 0.5)  # type: ignore[assignment]
     gates = {tuple(made.layers(range(8), step, first, True)) for step in range(3) for first in range(0, 8, 2)}
     assert len(gates) > 6

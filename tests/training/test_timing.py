@@ -16,7 +16,7 @@ from pipeline_lib.config.models import count_parameters
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.config.timing import READS
 from pipeline_lib.stages import timing
-from pipeline_lib.training.timing import KINDS
+from pipeline_lib.training.timing import KINDS, filled
 from tests.config.test_errors import BASE
 from tests.training.cram_bench import Bench, method, result
 
@@ -30,7 +30,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_every_pass_is_measured_and_buys_work(bench: Bench, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline_lib.training import timing as measured
 
-    monkeypatch.setattr(measured, "SECONDS", 0.1)
+    monkeypatch.setattr(measured, "SECONDS", 3.0)
     job = bench.job(f"timing-{shape}", shape)
     inputs = {"tokenizer": bench.inputs["tokenizer"]}
     settings = {**job.settings, "recipe": {key: job.settings["recipe"][key] for key in READS}}
@@ -52,6 +52,11 @@ def test_every_pass_is_measured_and_buys_work(bench: Bench, shape: str, monkeypa
     listed = [method("layer-dropping"), method("selective-backprop")]
     assert result(bench.train(f"there-{shape}", shape, budget=there))["steps"] == 7
     assert result(bench.train(f"methods-{shape}", shape, budget=there, methods=listed))["rst_hours"] >= hours
+
+
+def test_a_slow_machine_times_fewer_depths() -> None:
+    assert filled({1: 1.0, 3: 2.0, 4: 2.5}, 4) == {1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5}
+    assert filled({1: 0.25}, 1) == {1: 0.25}
 
 
 def plan(tmp_path: Path, **experiments: Any) -> Plan:
