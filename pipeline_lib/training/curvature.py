@@ -103,11 +103,10 @@ class Curvature:
     @torch.no_grad()
     def _unscale(self, scale: float) -> bool:
         """Divide the gradients by the loss's scale; whether all of them, on all ranks, are finite."""
-        if scale == 1.0:
-            return True
         gradients = [p.grad for p in self.loop.model.parameters() if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(scale)
+        if scale != 1.0:
+            for gradient in gradients:
+                gradient.div_(scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         return math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 

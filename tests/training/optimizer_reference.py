@@ -20,8 +20,8 @@ from torch import Tensor
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS, DECAY = 7, 0.1
-LION = {"betas": (0.9, 0.99)}
-SOPHIA = {"betas": (0.965, 0.99)}
+LION: dict[str, Any] = {"betas": (0.9, 0.99)}
+SOPHIA: dict[str, Any] = {"betas": (0.965, 0.99)}
 RHO, BATCH, HESSIAN_EVERY = 0.04, 50, 3
 
 

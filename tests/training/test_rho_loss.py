@@ -23,10 +23,11 @@ from pipeline_lib.training.budget import rtx3090
 from pipeline_lib.training.loop import Loop
 from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.methods import rho_loss
-from pipeline_lib.training.recipes.cram import Settings, conflicts
+from pipeline_lib.training.recipes import cram
 from tests.training_bench import BATCH, MODELS, SEQ_LEN, VOCAB, Bench, Case, Sabotage, metrics, weights
 
 MEGA = 3 * BATCH
+RECIPE: Any = cram.Settings
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ class Known:
 def test_what_can_still_be_learnt_is_chosen(tmp_path: Path) -> None:
     known = Known()
     job = Job("train", "x", "f", {"seed": 0}, {}, tmp_path, tmp_path)
-    chooser: Any = rho_loss.method(rho_loss.Settings(mega_batch=20), job)
+    chooser: Any = rho_loss.method(rho_loss.Settings(mega_batch=20, masks="matched"), job)
     chooser.cram, chooser.losses_N, chooser.masks = known, known.irreducible_N, None
     batch = chooser.draw(0, 4, known.below)
     assert known.read == 20
@@ -208,7 +209,7 @@ def test_looking_is_charged_or_free(encoder: Bench) -> None:
 @pytest.mark.parametrize(("mega_batch", "seconds"), [(3072, 4.932), (15_360, 13.85)])
 def test_an_update_costs_what_it_did(mega_batch: int, seconds: float) -> None:
     """Reference seconds of the published sizes: 128 sequences look for .09285 s and train for .2253 s."""
-    settings = Settings(steps=1, methods=[{"rho-loss": {"mega_batch": mega_batch}}])
+    settings = RECIPE(steps=1, methods=[{"rho-loss": {"mega_batch": mega_batch}}])
     cost = rtx3090("forward", 16, mega_batch) + rtx3090("train", 16, settings.global_batch)
     assert cost == pytest.approx(seconds, abs=5e-3)
     assert settings.needed_tokens(None) == mega_batch * 128, "and reads as much"
@@ -223,13 +224,13 @@ def test_what_the_reference_cannot_price_is_refused_while_planning() -> None:
         ("sophia-g", None),
         ("rho-loss", None),
     ):
-        settings = Settings(budget={"rst_hours": 6}, methods=[method])  # type: ignore[arg-type]
-        reason = conflicts(settings, model)
+        settings = RECIPE(budget={"rst_hours": 6}, methods=[method])
+        reason = cram.conflicts(settings, model)
         assert reason is None if message is None else message in str(reason)
 
 
 def test_curvature_costs_a_twentieth() -> None:
-    settings = Settings(steps=1, methods=["sophia-g"])
+    settings = RECIPE(steps=1, methods=["sophia-g"])
     own: Any = settings.methods[0]
     train = own.hessian_every * rtx3090("train", 16, settings.global_batch)
     assert rtx3090("hessian", 16, own.hessian_sequences) / train == pytest.approx(0.05)

@@ -18,7 +18,7 @@ from pipeline_lib.data.tokens import TokenShards
 from pipeline_lib.models import bert, llama
 from pipeline_lib.stages import score as stage
 from pipeline_lib.training import score
-from pipeline_lib.training.losses import IGNORED
+from pipeline_lib.training.losses import IGNORED, cross_entropy_per_example
 from pipeline_lib.training.masking import special_tokens
 from tests.training_bench import MODELS, SEQ_LEN, VOCAB, make_tokens, make_with_transformers
 
@@ -32,8 +32,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokens(folder)
     make_with_transformers(folder)
     torch.manual_seed(0)
-    for name, family in (("bert", bert), ("llama", llama)):
-        model = family.build(MODELS[name])
+    shapes = {**MODELS, "crammed": {**MODELS["bert"], "crammed": True}}
+    for name, family in (("bert", bert), ("crammed", bert), ("llama", llama)):
+        model: Any = family.build(shapes[name])
         with torch.no_grad():  # untrained models find all text alike
             for parameter in model.parameters():
                 parameter.mul_(5)
@@ -43,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(root: Path, out: Path, family: str, batch: int = 8, seed: int = 3, **more: Any) -> Job:
     (out / "out").mkdir(parents=True, exist_ok=True)
-    masks = {"seed": seed, "rate": 0.15} if family == "bert" else None
+    masks = None if family == "llama" else {"seed": seed, "rate": 0.15}
     settings = {"seq_len": SEQ_LEN, "masks": masks, "dtype": "float32", **more}
     inputs = {"tokens": root / "tokens", "tokenizer": root / "tokenizer", "model": root / family}
     return Job("score", "label", "f", settings, inputs, out / "work", out / "out", {"eval_batch_size": batch})
@@ -100,6 +101,19 @@ def test_an_encoders_losses(root: Path, tmp_path: Path) -> None:
         assert found.loss_N[number] == pytest.approx(expected, rel=1e-5)
     assert without > 0, "15 % of 16 tokens: some have none"
     assert read_json(tmp_path / "one" / "out" / "score.json")["result"]["without_targets"] == without
+
+
+def test_a_model_that_decodes_its_targets_alone(root: Path, tmp_path: Path) -> None:
+    """The crammed BERT: the same losses as from scores of all positions."""
+    found = scored(job(root, tmp_path, "crammed"))
+    scorer = score.Scorer(job(root, tmp_path, "crammed"), TokenShards(root / "tokens", "train"), SEQ_LEN)
+    assert hasattr(scorer.model, "masked_logits")
+    batch = scorer._batch(range(COUNT))
+    with torch.no_grad():
+        logits_BTV = scorer.model(input_ids=batch["input_ids"]).logits
+    assert logits_BTV.shape == (COUNT, SEQ_LEN, VOCAB)
+    expected_N = score.mean_losses(cross_entropy_per_example(logits_BTV, batch["labels"]), batch["labels"]).numpy()
+    assert np.allclose(found.loss_N, expected_N, rtol=1e-5, equal_nan=True)
 
 
 def test_a_killed_scoring_goes_on_with_the_same_bytes(
