@@ -105,7 +105,7 @@ def power_of_equality(delta: float, deviation: float, n: int, level: float = LEV
 
     def given(spread: float) -> float:
         half = (delta * root / deviation) - t * math.sqrt(spread / df)
-        return (2 * norm.cdf(half) - 1) * chi2.pdf(spread, df)
+        return float((2 * norm.cdf(half) - 1) * chi2.pdf(spread, df))
 
     return float(quad(given, 0, min(most, chi2.isf(1e-12, df)), limit=200)[0])
 
