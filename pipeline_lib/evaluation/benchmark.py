@@ -237,8 +237,8 @@ def score(metric: Metric, output_NC: np.ndarray, labels: Sequence[float]) -> flo
     if metric == "pearson":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstantInputWarning)
-            found = float(np.asarray(pearsonr(output_NC[:, 0], np.asarray(labels)))[0])
-        return found if np.isfinite(found) else 0.0
+            correlation: Any = pearsonr(output_NC[:, 0], np.asarray(labels))
+        return float(correlation.statistic) if np.isfinite(correlation.statistic) else 0.0
     said_N, label_N = output_NC.argmax(axis=1), np.asarray(labels).astype(int)
     if metric == "acc":
         return float(np.mean(said_N == label_N))
