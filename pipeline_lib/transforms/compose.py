@@ -218,7 +218,9 @@ class SiteFunctions:
     def _as_read(self, value: Tensor) -> Tensor:
         """Under autocast, in the dtype that the operation computes in: those are the bits that lie in memory."""
         kind = value.device.type
-        if self.site.kind == "embedding" or not value.is_floating_point() or not torch.is_autocast_enabled(kind):
+        if self.site.kind == "embedding" or value.is_meta or not value.is_floating_point():
+            return value
+        if not torch.is_autocast_enabled(kind):
             return value
         return value.to(torch.get_autocast_dtype(kind))
 

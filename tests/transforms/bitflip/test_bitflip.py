@@ -247,6 +247,14 @@ def test_under_autocast_the_bits_that_the_product_reads_are_flipped(kind: torch.
     assert not torch.equal(found[0], torch.nn.functional.linear(x.to(kind), trained[0].weight.to(kind)))  # type: ignore[arg-type]
 
 
+def test_shapes_are_found_on_the_meta_device() -> None:
+    """Which has no autocast to ask about."""
+    layer = nn.Sequential(nn.Linear(48, 40, device="meta"))
+    applied = apply(layer, bitflip(weight=EVERYTHING, input=EVERYTHING, sites={"*": {}}), seed=1)
+    applied.context.begin(0, 0)
+    assert layer(torch.empty(2, 5, 48, device="meta")).shape == (2, 5, 40)
+
+
 def test_every_kind_of_site_flips_only_where_its_operand_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = {
         "embedding:*": {"embedding": {"p": 0.1}},
