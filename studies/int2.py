@@ -236,7 +236,8 @@ different scales.
 {rates}
 ## Speed and size
 
-Of the task `speed-nano`, on this machine. A model so small says little about one of a billion parameters.
+Of the task `speed-nano`, on this machine. A model so small says little about one of a billion parameters. (Its peak
+memory was then that of the whole process, and is left out.)
 
 {speed}
 ## Settings
