@@ -269,9 +269,9 @@ def rerun(folder: Path | None = None) -> dict[str, Any]:
     small = copy.deepcopy(config([0, 1], {"small": HOURS["short"] / 10}))
     small["datasets"]["pydocs"] = {
         "source": {"type": "local", "path": "data/*.jsonl"},
-        "split": {"valid": 0.1, "test": 0.1, "holdout": HOLDOUT},
+        "split": {"valid": 0.3, "test": 0.1, "holdout": HOLDOUT},
     }
-    small["tasks"]["held-out"]["sequences"] = 32
+    small["tasks"]["held-out"]["sequences"] = None  # all there are
     compared = small["comparisons"][COMPARISON]
     compared["arms"] = {arm: own for arm, own in compared["arms"].items() if arm == "baseline" or arm in PLANTED}
     compared["measures"] = MEASURES[:1]
