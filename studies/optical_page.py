@@ -185,10 +185,11 @@ def _continued(study: dict[str, Any]) -> str:
     pairs = zip(values(study, "clean-continued"), values(study, "clean"), strict=True)
     mean, half = interval([own - before for own, before in pairs])
     gains = "improve it by themselves" if mean < 0 and abs(mean) > half else "are no gain by themselves"
+    change = f"{number(mean, 3)} ± {number(half, 2)}"
     return (
-        f"Continuing in exact arithmetic changes the clean model by {number(mean, 3)} ± {number(half, 2)}: "
-        f"so few steps, at the one\nlearning rate tried, {gains}, and what continuing under the transform does is to be\nread "
-        "against that.\n"
+        f"Continuing in exact arithmetic changes the clean model by {change}: so few steps, at the one\n"
+        f"learning rate tried, {gains}, and what continuing under the transform does is to be\n"
+        "read against that.\n"
     )
 
 
