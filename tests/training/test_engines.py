@@ -155,7 +155,7 @@ def test_a_divergence_can_be_kept(trainer: Bench) -> None:
     found, steps, loss = diverged("kept-finite", 10.0)
     assert found == {"after_step": STEPS, "first_loss": found["first_loss"], "final_loss": loss}
     assert steps == STEPS
-    assert loss > 1.1 * found["first_loss"]
+    assert loss > 1.25 * found["first_loss"]
     work = trainer.root / "kept-finite"
     *_, last = sorted((work / "checkpoints").glob("step-*"))
     shutil.rmtree(last)

@@ -47,7 +47,7 @@ class Settings(TrainingSettings):
     on_divergence: Literal["stop", "keep"] = added(
         "stop",
         "what a training ends in whose loss or gradient is not finite: stop: an error; keep: the weights as they then "
-        "are, marked as diverged in train.json and in sweeps, as is one whose loss ends over 1.1 times its first",
+        "are, marked as diverged in train.json and in sweeps, as is one whose loss ends over 1.25 times its first",
     )
 
     @model_validator(mode="before")
