@@ -29,17 +29,18 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
     """The study's page, table and pictures, from its JSON alone."""
     settings, made = study["settings"], compared(study)
     pages = {}
-    for column, curves in study["curves"].items():
+    for column in settings["columns"]:
+        curves = {arm: study["curves"][column][arm] for arm in settings["arms"]}
         pages[f"{FOLDER}/{STEM}-{column}.svg"] = picture(curves, "reference hours (RST)").svg
     page = PAGE.format(
         methods=sum(arm not in study["planted"] for arm in settings["arms"]) - 1,
         columns=len(settings["columns"]),
         seeds=len(settings["seeds"]),
-        hours=", ".join(f"{name} {hours:g}" for name, hours in settings["hours"].items()),
+        hours=", ".join(f"{name} {settings['hours'][name]:g}" for name in settings["columns"]),
         planted=_planted(study, made),
         sections=_sections(study, made),
         work=_work(study),
-        pictures="\n\n".join(f"![Loss over RST, budget {c}]({STEM}-{c}.svg)" for c in study["curves"]),
+        pictures="\n\n".join(f"![Loss over RST, budget {c}]({STEM}-{c}.svg)" for c in settings["columns"]),
         settings=yaml.safe_dump(settings, sort_keys=True, allow_unicode=True),
         where=where(study),
     )
@@ -49,14 +50,15 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
 PAGE = """# Efficient training under a fixed budget
 
 {methods} methods against a baseline whose learning rate decays to nothing within the same budget, at {columns} budgets
-(reference hours: {hours}) and with {seeds} seeds: `bert-nano` on `pydocs`. A budget pays for the passes that a training
-makes, at the speed of the reference machine, so every method gets the same work done. Differences to the baseline are
-taken seed by seed. `better` and `worse`: a two-sided paired t test rejects no difference at 5 %; `equal within δ`: two
+(reference hours: {hours}) and with {seeds} seeds: `bert-nano` on `pydocs`. A budget pays for the
+passes that a training makes, at the speed of the reference machine, so every method gets the same work done.
+Differences to the baseline are taken seed by seed. `better` and `worse`: a two-sided paired t test rejects no difference at 5 %; `equal within δ`: two
 one-sided tests reject a difference of δ or more at 5 %; `undecided`: neither. Verdicts are one test each, not corrected
 for their number.
 
 The model is tiny and the budgets are seconds: this shows that the comparison works and what it can see, not which
-method wins at scale. No method's settings were tuned, the baseline's neither.
+method wins at scale; a verdict here neither supports nor contradicts a published one. No method's settings were tuned,
+the baseline's neither. Where the power to see δ is low, as stated under each table, `undecided` says little.
 
 ## Planted methods
 
@@ -128,4 +130,4 @@ def _work(study: dict[str, Any]) -> str:
 def _figure(value: float | None, kind: str) -> str:
     if value is None:
         return "–"
-    return number(value, 3) if kind == "flops" else count(value)
+    return number(value, 3) if kind == "flops" else count(round(value))

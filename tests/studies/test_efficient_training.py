@@ -37,7 +37,8 @@ def test_the_planted_methods_come_out_as_they_must(study: dict[str, Any]) -> Non
 
 def test_every_arm_was_charged_the_same_budget(study: dict[str, Any]) -> None:
     """Up to the last step, which ends the budget."""
-    for c, hours in enumerate(study["settings"]["hours"].values()):
+    for c, column in enumerate(study["settings"]["columns"]):
+        hours = study["settings"]["hours"][column]
         for a, arm in enumerate(study["settings"]["arms"]):
             work = study["work"][f"{c}.{a}"]
             step = work["rst_hours"] / work["steps"]
