@@ -52,9 +52,9 @@ PAGE = """# Efficient training under a fixed budget
 {methods} methods against a baseline whose learning rate decays to nothing within the same budget, at {columns} budgets
 (reference hours: {hours}) and with {seeds} seeds: `bert-nano` on `pydocs`. A budget pays for the
 passes that a training makes, at the speed of the reference machine, so every method gets the same work done.
-Differences to the baseline are taken seed by seed. `better` and `worse`: a two-sided paired t test rejects no difference at 5 %; `equal within δ`: two
-one-sided tests reject a difference of δ or more at 5 %; `undecided`: neither. Verdicts are one test each, not corrected
-for their number.
+Differences to the baseline are taken seed by seed. `better` and `worse`: a two-sided paired t test rejects no
+difference at 5 %; `equal within δ`: two one-sided tests reject a difference of δ or more at 5 %; `undecided`: neither.
+Verdicts are one test each, not corrected for their number.
 
 The model is tiny and the budgets are seconds: this shows that the comparison works and what it can see, not which
 method wins at scale; a verdict here neither supports nor contradicts a published one. No method's settings were tuned,
