@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -60,7 +61,9 @@ def shell_command(clone: Clone) -> None:
 
 def stage_version(clone: Clone) -> None:
     path = clone.root / "pipeline_lib" / "config" / "stages.py"
-    path.write_text(path.read_text().replace('"convert": Stage(1)', '"convert": Stage(2)'))
+    text = path.read_text()
+    path.write_text(re.sub(r'(?<="convert": )Stage\((\d+)\)', lambda match: f"Stage({int(match[1]) + 1})", text))
+    assert path.read_text() != text
 
 
 def touch(clone: Clone) -> None:

@@ -177,10 +177,32 @@ def test_score_uses_no_network(blocked: Blocked) -> None:
     assert blocked.attempts() == []
 
 
+@pytest.mark.slow
+def test_timing_uses_no_network(blocked: Blocked) -> None:
+    """Of a training whose budget is in this machine's own times."""
+    changed = copy.deepcopy(CONFIG)
+    recipe = {"cram": {"budget": {"rst_hours": 1e-6, "reference": "measured"}, "global_batch": 4, "seq_len": 16}}
+    changed["experiments"]["timed"] = {"model": "tiny", "recipe": recipe}
+    blocked.clone.write_config(changed)
+    with contextlib.chdir(blocked.clone.root):
+        resolver = Plan.load().resolver
+        node = resolver.train(resolver.experiments.get("timed")).inputs["timing"]
+        freeze(node)
+    path = f"results/store/timing/{node.id}/manifest.json"
+    code = (
+        "import sys, pathlib; from pipeline_lib.training import timing; timing.SECONDS = 2.0\n"
+        "from pipeline_lib.stages.runner import run_stage; sys.exit(run_stage(pathlib.Path(sys.argv[1])))"
+    )
+    done = blocked.python("-c", code, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert blocked.attempts() == []
+    assert (blocked.clone.root / path).exists()
+
+
 def test_every_stage_that_declares_no_network_was_run() -> None:
     """A stage that is built later has to be added here (or be declared to use the network)."""
     offline = {name for name, stage in STAGES.items() if not stage.network}
-    assert offline == {*OFFLINE, *LEARNING, "score", "sweep", "table", "report"}, (
+    assert offline == {*OFFLINE, *LEARNING, "timing", "score", "sweep", "table", "report"}, (
         "table and report only read JSON and CSV"
     )
 
