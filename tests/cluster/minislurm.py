@@ -138,11 +138,22 @@ class MiniSlurm:
         for daemon in daemons:
             daemon.terminate()
         _, stubborn = psutil.wait_procs(daemons, timeout=10)
-        for daemon in stubborn:
-            daemon.kill()
+        for process in [*stubborn, *self._left_over()]:
+            _kill(process)
         if DEFAULT_CONF.is_symlink() and DEFAULT_CONF.readlink() == self.folder / "slurm.conf":
             DEFAULT_CONF.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _left_over(self) -> list[psutil.Process]:
+        """Processes of jobs that outlived them: a nested Snakemake can hang in its own SIGTERM handler, and what left its
+        job's process tree is found by cgroups alone, which `proctrack/linuxproc` has not."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(self.folder / "slurm.conf"):
+                    found.append(process)
+        return found
 
     def _write(self) -> None:
         for name in ("state", "log", "run", "spool"):
