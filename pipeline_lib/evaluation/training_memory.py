@@ -41,8 +41,10 @@ def measure(subject: Subject, arm: str, settings: Settings, seed: int, use_up: b
     """
     device = next(subject.model.parameters()).device
     # Made on the host, as a training makes it: there a weight is whole before it is packed.
-    model: Any = (subject.model if use_up else copy.deepcopy(subject.model)).cpu().float().train()
-    context = subject.context
+    # Together, so that the copy's faults heed the copy's context.
+    model: Any
+    model, context = (subject.model, subject.context) if use_up else copy.deepcopy((subject.model, subject.context))
+    model = model.cpu().float().train()
     if arm == "relora_ternary":
         context = apply(model, [{"type": "ternary", **settings.ternary}], seed=seed).context
     host, host_block = (0, 0) if arm == "full" else _adapted(model, arm, settings)

@@ -1,6 +1,6 @@
 """Packed codes to values on a CPU: a table's row for each byte, in C where there is a compiler.
 
-`index_select` takes 15 times as long, since it treats each row of five numbers as a copy of its own.
+On a tile that stays in the cache `index_select` takes 2.7 times as long (252 rows of 4,160 fp32 values, one thread).
 """
 
 from __future__ import annotations

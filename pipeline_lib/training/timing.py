@@ -22,10 +22,11 @@ from pipeline_lib.models.blocks import blocks, only
 from pipeline_lib.training import distributed
 from pipeline_lib.training.budget import flop_rate, flops
 from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
+from pipeline_lib.training.curvature import sampled
 from pipeline_lib.training.flops import forward_parts
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.losses import IGNORED
-from pipeline_lib.training.masking import TextHooks
+from pipeline_lib.training.masking import TextHooks, logits_at
 from pipeline_lib.training.settings import option
 
 REPEATS, LEAST_REPEATS, SECONDS = 15, 2, 45.0
@@ -168,11 +169,9 @@ class Bench:
         """The gradient of the loss on labels that the model draws (Liu et al., 2023, arXiv 2305.14342, algorithm 2)."""
         at_BT = self.batch["labels"] != IGNORED
         self.context.begin(0, 0)
-        more = {"at": at_BT} if hasattr(self.model, "masked_logits") else {}
         with autocast(self.device, self.settings.precision):
-            logits = self.model(input_ids=self.batch["input_ids"], **more).logits
-        logits_NV = (logits if more else logits[at_BT]).float()
-        labels_N = torch.multinomial(logits_NV.detach().softmax(-1), 1)[:, 0]
+            logits_NV = logits_at(self.model, self.batch["input_ids"], at_BT, self.hooks.encoder).float()
+        labels_N = sampled(logits_NV.detach(), torch.rand(len(logits_NV), device=self.device))
         F.cross_entropy(logits_NV, labels_N).backward()
 
     def reference_seconds(self) -> float:

@@ -127,27 +127,7 @@ class _Product(torch.autograd.Function):
     forward, setup_context, backward = (staticmethod(f) for f in (_forward, _setup, _backward))  # type: ignore[assignment]
 
 
-@torch.library.custom_op("errata::optical_product", mutates_args=())
-def _product_op(
-    left: Tensor,
-    right: Tensor,
-    ranges: Tensor,
-    knobs: Tensor,
-    key: Tensor | None,
-    row: Tensor | None,
-    vector: Tensor | None,
-    strides: Sequence[int],
-    linear: bool,
-    lut_min: float | None,
-    gate: bool,
-    quantiles: Sequence[float] | None,
-    observe: bool,
-    exact: bool,
-    eased: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(
-        left, right, ranges, knobs, key, row, vector, strides, linear, lut_min, gate, quantiles, observe, exact, eased
-    )
+_product_op = torch.library.custom_op("errata::optical_product", _forward, mutates_args=())
 
 
 @_product_op.register_fake
