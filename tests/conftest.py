@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline_lib.config.registry import METHODS, RECIPES, SOURCES, TASK_TYPES, TRANSFORMS
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
@@ -18,9 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True, scope="module")
 def _process_as_it_was() -> Iterator[None]:
-    """Undo what a module's tests did to the whole process: environment variables, and the hub libraries offline."""
+    """Undo what a module's tests did to the whole process: environment variables, registered plug-ins, and the hub
+    libraries offline."""
     variables = dict(os.environ)
+    registered = [(registry, dict(registry._extra)) for registry in (TRANSFORMS, RECIPES, METHODS, SOURCES, TASK_TYPES)]
     yield
+    for registry, extra in registered:
+        registry._extra = extra
     os.environ.clear()
     os.environ.update(variables)
     for module in ("huggingface_hub.constants", "datasets.config"):

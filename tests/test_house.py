@@ -12,7 +12,6 @@ import yaml
 
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.cli.versions import LOCK, current, moved
-from pipeline_lib.config.registry import METHODS, RECIPES, SOURCES, TASK_TYPES, TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pipeline_lib"
@@ -71,11 +70,11 @@ def test_only_the_adapter_knows_torchtitan_and_only_stages_know_snakemake() -> N
 
 def test_planning_imports_no_torch() -> None:
     """In a fresh interpreter: the Snakefile's imports and every plug-in's settings, and then no torch."""
-    modules = [f"{reg.package}.{name}" for reg in (TRANSFORMS, RECIPES, SOURCES, TASK_TYPES) for name in reg.names()]
-    modules += [f"{METHODS.package}.{name.replace('-', '_')}" for name in METHODS.names()]
     code = (
-        "import importlib, sys\nimport pipeline_lib.stages.wiring\n"
-        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "import sys\nimport pipeline_lib.stages.wiring\n"
+        "from pipeline_lib.config.registry import METHODS, RECIPES, SOURCES, TASK_TYPES, TRANSFORMS\n"
+        "for registry in (TRANSFORMS, RECIPES, METHODS, SOURCES, TASK_TYPES):\n"
+        "    [registry.load(name) for name in registry.names()]\n"
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas') if m in sys.modules]\n"
         "sys.exit(f'imported while planning: {heavy}' if heavy else 0)"
     )
