@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from studies.flips import rerun, settings, summary, table
+from studies.flips import RERUN_ERRORS, rerun, settings, summary, table
 from studies.report import ROOT, load
 
 
@@ -59,7 +60,7 @@ def test_what_the_page_says_in_words_holds(study: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_four_points_come_out_again(study: dict[str, Any], tmp_path: Path) -> None:
-    """Bit for bit where processor and versions are those of the study, else within the tolerance it states."""
+    """Bit for bit where processor and versions are those of the study, else within what the study's module allows."""
     expected, found = study["rerun"], rerun(tmp_path)
     if found["made_with"] == expected["made_with"]:
         assert found == expected
@@ -67,4 +68,8 @@ def test_four_points_come_out_again(study: dict[str, Any], tmp_path: Path) -> No
     assert [values for values, _ in again] == [values for values, _ in points]
     for (_, metrics), (values, others) in zip(points, again, strict=True):
         for name, measured in metrics.items():
-            assert others[name].mean == pytest.approx(measured.mean, rel=expected["tolerance"]), (values, name)
+            p_exp, _, operand, _ = values
+            noisy = p_exp > 0 and operand == "activations"
+            allowed = RERUN_ERRORS * math.hypot(measured.stderr or 0, others[name].stderr or 0) if noisy else 0
+            allowed = max(allowed, expected["tolerance"] * measured.mean)
+            assert others[name].mean == pytest.approx(measured.mean, abs=allowed), (values, name)
