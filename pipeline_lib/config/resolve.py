@@ -92,6 +92,8 @@ class Resolver:
         """A tokenizer, trained or from the hub."""
         entry = self.config.tokenizers[name]
         if entry.train is not None:
+            where = f"{self.file}: tokenizers.{name}.train.dataset"
+            known(entry.train.dataset, self.config.datasets, "datasets", where)
             inputs = {"dataset": self.dataset(entry.train.dataset)}
             train = {key: value for key, value in entry.train.semantic().items() if key != "dataset"}
             return make_node("tokenizer", f"{entry.train.kind}-{entry.train.vocab_size}", {"train": train}, inputs)

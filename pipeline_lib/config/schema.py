@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from pipeline_lib.config.base import Settings, added
 from pipeline_lib.config.models import Bert, Llama, Mistral
+from pipeline_lib.config.names import OWNED_REPOSITORY, REPOSITORY
 from pipeline_lib.config.run import Run
 
 PluginSettings = dict[str, Any]
@@ -27,7 +28,7 @@ class Tokenizer(Settings):
     """Trained here, or taken from the hub."""
 
     train: TrainedTokenizer | None = Field(default=None, description="train one: {dataset, vocab_size, kind}")
-    hub: str | None = Field(default=None, description="hub repository: owner/name")
+    hub: str | None = Field(default=None, pattern=REPOSITORY, description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
     vocab: int | None = Field(
         default=None, ge=1, description="vocabulary size of the hub tokenizer (its embedding rows)"
@@ -56,6 +57,13 @@ class Split(Settings):
         0.0, "share of documents kept apart for a model whose losses choose what others learn", ge=0, lt=1
     )
 
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Split:
+        shares = sum(share for share in (self.valid, self.test, self.holdout) if share < 1)
+        if shares >= 1:
+            raise ValueError(f"valid, test and holdout leave nothing to train on: their shares make {shares:g}")
+        return self
+
 
 class Dataset(Settings):
     """Text with a pinned source and a fixed split."""
@@ -73,7 +81,7 @@ class Dataset(Settings):
 class HubModel(Settings):
     """A checkpoint on the hub; safetensors only."""
 
-    repo: str = Field(description="hub repository: owner/name")
+    repo: str = Field(pattern=REPOSITORY, description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit")
     family: Literal["llama", "mistral", "bert"] = Field(default="llama", description="its architecture family")
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
@@ -153,7 +161,9 @@ class Experiment(Settings):
         default=None, description="tasks that the target `all` evaluates; default: the model's"
     )
     publish: str | None = Field(
-        default=None, description="hub repository to publish to: owner/name (only by the target results/publish/…)"
+        default=None,
+        pattern=OWNED_REPOSITORY,
+        description="hub repository to publish to: owner/name (only by the target results/publish/…)",
     )
     run: Run = Field(default=Run(), description="how it runs, see `run`")
 
