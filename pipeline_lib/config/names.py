@@ -7,6 +7,8 @@ import re
 from pipeline_lib.config.errors import UserError
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._+-]{0,78}[a-z0-9])?")
+REPOSITORY = r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$"  # on the hub; some old ones have no owner
+OWNED_REPOSITORY = r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$"
 RESERVED = frozenset({"store", "specs", "work", "logs", "quarantine", "sweeps", "tables", "publish", "plots"})
 
 

@@ -11,6 +11,7 @@ from pipeline_lib.config.errors import UserError, closest, known
 from pipeline_lib.config.experiments import Resolved
 from pipeline_lib.config.load import load_config, merge
 from pipeline_lib.config.nodes import Node, make_node
+from pipeline_lib.config.registry import RECIPES
 from pipeline_lib.config.resolve import Resolver
 from pipeline_lib.config.schema import Config, Experiment, Sweep
 from pipeline_lib.config.sweeps import points
@@ -40,7 +41,27 @@ class Plan:
             plan.resolver.checkpoint(plan.resolver.experiments.get(name))
         for name in plan.config.datasets:
             plan.resolver.dataset(name)
+        plan._check_what_nothing_uses_yet()
         return plan
+
+    def _check_what_nothing_uses_yet(self) -> None:
+        """Check entries that no listed experiment reaches: a mistake must not wait for the first who asks."""
+        config = self.config
+        for name in config.tokenizers:
+            self.resolver.tokenizer(name)
+        for name, model in config.models.items():
+            for key, value, names in (
+                ("tokenizer", model.tokenizer, config.tokenizers),
+                ("dataset", model.dataset, config.datasets),
+            ):
+                if value is not None:
+                    known(value, names, f"{key}s", f"{self.file}: models.{name}.{key}")
+        for name in config.recipes:
+            RECIPES.load(config.recipes[name].get("type", name), f"{self.file}: recipes.{name}")
+        for name in config.tasks:
+            self.resolver.task(name)
+        for name, sweep in config.sweeps.items():
+            next(self._points(name, sweep))
 
     # -- targets ---------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline_lib.config import calibration, losses, teachers, timing
+from pipeline_lib.config import calibration, evaluations, losses, teachers, timing
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError, known
 from pipeline_lib.config.experiments import Experiments, Resolved
 from pipeline_lib.config.fingerprint import fingerprint
+from pipeline_lib.config.labels import local_label, weights_label
 from pipeline_lib.config.local_models import checkpoint_files
 from pipeline_lib.config.models import count_parameters
 from pipeline_lib.config.names import human_count, slug
@@ -91,6 +92,8 @@ class Resolver:
         """A tokenizer, trained or from the hub."""
         entry = self.config.tokenizers[name]
         if entry.train is not None:
+            where = f"{self.file}: tokenizers.{name}.train.dataset"
+            known(entry.train.dataset, self.config.datasets, "datasets", where)
             inputs = {"dataset": self.dataset(entry.train.dataset)}
             train = {key: value for key, value in entry.train.semantic().items() if key != "dataset"}
             return make_node("tokenizer", f"{entry.train.kind}-{entry.train.vocab_size}", {"train": train}, inputs)
@@ -265,50 +268,12 @@ class Resolver:
         settings = validate(module.Settings, given, where)
         return module, settings
 
-    def evaluate(self, exp: Resolved, task: str, transform: list[dict[str, Any]], fault_seeds: list[int]) -> Node:
-        """One arm of an evaluation: a checkpoint under a transform at a task."""
-        module, settings = self.task(task)
-        refusal = module.refuses(settings, exp.family)
-        if refusal:
-            raise UserError(
-                f"task {task} cannot evaluate model {exp.model_name}: {refusal}",
-                where=f"{self.file}: tasks.{task}",
-                value=exp.name,
-                fix="choose another task or model",
-            )
-        checkpoint = self.checkpoint(exp)
-        inputs = {"checkpoint": checkpoint}
-        name = getattr(settings, "dataset", None)
-        if name is not None:
-            known(name, self.config.datasets, "datasets", f"{self.file}: tasks.{task}.dataset")
-            inputs["dataset"] = self.dataset(name)
-        for index, need in enumerate(module.needs(settings)):
-            inputs[f"asset-{index}"] = self._needed(need)
-        if transform and getattr(module, "REFERENCE", False):
-            inputs["clean"] = self.evaluate(exp, task, [], [])
-        spec = {
-            "task": {**settings.semantic()},
-            "transform": transform,
-            "fault_seeds": fault_seeds,
-            "seed": 0,
-            "dtype": exp.model.dtype,
-        }
-        label = f"{checkpoint.label}-{task_label(settings.semantic())}-{transform_label(transform)}"
-        return make_node("evaluate", label, spec, inputs, self.execution(exp))
-
-    def _needed(self, need: dict[str, Any]) -> Node:
-        """The asset that a task asks for: a file from the web by its SHA-256, or files of a hub repository."""
-        if "url" in need:
-            return make_node("assets", need["name"], {"kind": "url", **need}, {})
-        kind = need.get("repo_type", "dataset")
-        return self.asset(need["repo"], need.get("revision", "main"), need.get("patterns"), kind)
-
     def arms(self, exp: Resolved, task: str) -> dict[str, Node]:
         """`clean`, and `transformed` unless the transform is plain."""
-        arms = {"clean": self.evaluate(exp, task, [], [])}
+        arms = {"clean": evaluations.arm(self, exp, task, [], [])}
         if exp.transform:
             seeds = list(range(self.config.fault_seeds)) if exp.has_random_faults else [0]
-            arms["transformed"] = self.evaluate(exp, task, exp.transform, seeds)
+            arms["transformed"] = evaluations.arm(self, exp, task, exp.transform, seeds)
         return arms
 
     def result(self, exp: Resolved, task: str) -> Node:
@@ -320,30 +285,3 @@ class Resolver:
     def variant(self, name: str, entry: Experiment) -> Resolved:
         """An experiment that is not in the file: a sweep's point."""
         return self.experiments.resolve(name, entry, (name,))
-
-
-def transform_label(transform: list[dict[str, Any]]) -> str:
-    """`plain`, `bitflip`, `int2+bitflip`: the types of a transform."""
-    return "_".join(settings["type"] for settings in transform) or "plain"
-
-
-def task_label(task: dict[str, Any]) -> str:
-    """A task's own name, or its type."""
-    return str(task.get("task") or task["type"])
-
-
-def weights_label(settings: dict[str, Any]) -> str:
-    """Recipe, transform, and the model's family and size."""
-    model = settings["model"]
-    if model["family"] == "hub":
-        size = slug(model["repo"])
-    elif model["family"] == "local":
-        size = local_label(model["content"])
-    else:
-        size = f"{model['family']}-{human_count(count_parameters(model)[0])}"
-    return f"{settings['recipe']['type']}-{transform_label(settings['transform'])}-{size}"
-
-
-def local_label(content: str) -> str:
-    """A local checkpoint's name, from the fingerprint of its content."""
-    return f"local-{content[:6]}"

@@ -8,38 +8,10 @@ from pydantic import ConfigDict, Field, model_validator
 
 from pipeline_lib.config.base import Settings, added
 from pipeline_lib.config.models import Bert, Llama, Mistral
+from pipeline_lib.config.names import OWNED_REPOSITORY, REPOSITORY
+from pipeline_lib.config.run import Run
 
 PluginSettings = dict[str, Any]
-
-
-class Run(Settings):
-    """How stages run. Nothing here changes a result, so nothing here is fingerprinted."""
-
-    gpus: int | None = Field(
-        default=None, ge=0, description="GPUs a node for training; fewer are used where fewer are present"
-    )
-    nodes: int | None = Field(default=None, ge=1, description="nodes for training")
-    cpu_processes: int | None = Field(default=None, ge=1, description="training processes on a machine without a GPU")
-    micro_batch: int | None = Field(
-        default=None, ge=1, description="sequences a rank a forward pass; the rest is accumulated"
-    )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of a stage")
-    mem_mb: int | None = Field(default=None, ge=1, description="memory of a training job a node, MB")
-    runtime_min: int | None = Field(
-        default=None, ge=1, description="time limit of a training job, minutes; longer trainings go on in the next slot"
-    )
-    eval_mem_mb: int | None = Field(
-        default=None, ge=1, description="memory of jobs that convert or evaluate a checkpoint, MB"
-    )
-    eval_runtime_min: int | None = Field(default=None, ge=1, description="time limit of those jobs, minutes")
-    checkpoint_every: int | None = Field(default=None, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int | None = Field(default=None, ge=1, description="checkpoints kept while training")
-    log_every: int | None = Field(default=None, ge=1, description="steps between log lines")
-    compile: bool | None = Field(default=None, description="torch.compile the training step")
-    activation_checkpointing: Literal["none", "selective", "full"] | None = Field(
-        default=None, description="recompute activations in backward"
-    )
-    eval_batch_size: int | None = Field(default=None, ge=1, description="sequences a forward pass in evaluation")
 
 
 class TrainedTokenizer(Settings):
@@ -56,7 +28,7 @@ class Tokenizer(Settings):
     """Trained here, or taken from the hub."""
 
     train: TrainedTokenizer | None = Field(default=None, description="train one: {dataset, vocab_size, kind}")
-    hub: str | None = Field(default=None, description="hub repository: owner/name")
+    hub: str | None = Field(default=None, pattern=REPOSITORY, description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
     vocab: int | None = Field(
         default=None, ge=1, description="vocabulary size of the hub tokenizer (its embedding rows)"
@@ -85,6 +57,13 @@ class Split(Settings):
         0.0, "share of documents kept apart for a model whose losses choose what others learn", ge=0, lt=1
     )
 
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Split:
+        shares = sum(share for share in (self.valid, self.test, self.holdout) if share < 1)
+        if shares >= 1:
+            raise ValueError(f"valid, test and holdout leave nothing to train on: their shares make {shares:g}")
+        return self
+
 
 class Dataset(Settings):
     """Text with a pinned source and a fixed split."""
@@ -102,7 +81,7 @@ class Dataset(Settings):
 class HubModel(Settings):
     """A checkpoint on the hub; safetensors only."""
 
-    repo: str = Field(description="hub repository: owner/name")
+    repo: str = Field(pattern=REPOSITORY, description="hub repository: owner/name")
     revision: str = Field(default="main", description="branch, tag or commit")
     family: Literal["llama", "mistral", "bert"] = Field(default="llama", description="its architecture family")
     parameters: int | None = Field(default=None, ge=1, description="parameters, for budgets that are a share of them")
@@ -182,7 +161,9 @@ class Experiment(Settings):
         default=None, description="tasks that the target `all` evaluates; default: the model's"
     )
     publish: str | None = Field(
-        default=None, description="hub repository to publish to: owner/name (only by the target results/publish/…)"
+        default=None,
+        pattern=OWNED_REPOSITORY,
+        description="hub repository to publish to: owner/name (only by the target results/publish/…)",
     )
     run: Run = Field(default=Run(), description="how it runs, see `run`")
 

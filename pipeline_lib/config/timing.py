@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.config.errors import UserError
+from pipeline_lib.config.labels import weights_label
 from pipeline_lib.config.nodes import Node, make_node
 
 if TYPE_CHECKING:
@@ -36,6 +37,4 @@ def of_experiment(resolver: Resolver, exp: Resolved) -> Node:
         inputs["init"] = resolver.model_files(exp.model_name)
     settings: dict[str, Any] = {"model": model, "transform": exp.transform}
     settings["recipe"] = {key: recipe[key] for key in READS}
-    from pipeline_lib.config.resolve import weights_label
-
     return make_node("timing", weights_label(settings), settings, inputs, resolver.execution(exp))

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline_lib.artifacts.files import read_json, sha256_file, write_json
+from pipeline_lib.artifacts.files import sha256_file
 from pipeline_lib.artifacts.locks import is_held, try_hold
-from pipeline_lib.artifacts.progress import Progress, say
+from pipeline_lib.artifacts.progress import Progress
 from pipeline_lib.artifacts.store import SEAL, read_seal
 from pipeline_lib.config.fingerprint import canonical, fingerprint
 from pipeline_lib.config.registry import TASK_TYPES
 from pipeline_lib.evaluation.base import Outcome, Subject, Task
+from pipeline_lib.evaluation.notes import Notes
 from pipeline_lib.evaluation.offline import go_offline
-from pipeline_lib.evaluation.statistics import encode, summarise
+from pipeline_lib.evaluation.statistics import summarise
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ class Session:
         transform = settings["transform"]
         seeds: list[int | None] = list(settings["fault_seeds"]) or [0] if transform else [None]
         batch_size = int(execution.get("eval_batch_size") or DEFAULT_BATCH_SIZE)
-        notes = _Notes(work, fingerprint({"settings": dict(settings), "inputs": _identities(inputs)}))
+        notes = Notes(work, fingerprint({"settings": dict(settings), "inputs": _identities(inputs)}))
         outcomes: dict[str, Outcome] = {}
         seconds: dict[str, float] = {}
         with checkpoint.under(transform) as model, Progress("evaluate", len(seeds), "runs") as progress:
@@ -209,54 +209,6 @@ class _Transformed:
     def __exit__(self, *_: object) -> None:
         if [parameter._version for parameter in self._parameters] != self._versions:
             raise RuntimeError("a transform wrote to the weights of the checkpoint it was evaluated on")
-
-
-class _Notes:
-    """Finished runs in the work dir; damaged or foreign ones are not believed."""
-
-    def __init__(self, folder: Path | None, mark: str) -> None:
-        self._folder, self._mark = folder, mark
-
-    def read(self, key: str) -> Outcome | None:
-        values = self._value(key)
-        if values is None:
-            return None
-        numbers = {name: float(value) for name, value in values["metrics"].items()}
-        return Outcome(**{**values, "metrics": numbers})
-
-    def write(self, key: str, outcome: Outcome) -> None:
-        values = {**vars(outcome), "metrics": {name: encode(value) for name, value in outcome.metrics.items()}}
-        self._keep(key, values)
-
-    def once(self, key: str, name: str, make: Callable[[], Any]) -> Any:
-        """The part `name` of a run: what was kept of an earlier attempt, or what `make` gives."""
-        part = f"{key}.{name}"
-        found = self._value(part)
-        if found is None:
-            found = make()
-            self._keep(part, found)
-        return found
-
-    def _value(self, key: str) -> Any:
-        path = self._folder / f"{key}.json" if self._folder else None
-        if path is None or not path.exists():
-            return None
-        try:
-            note = read_json(path)
-            if note["mark"] == self._mark and note["sha256"] == _sha256(note["outcome"]):
-                return note["outcome"]
-        except (ValueError, KeyError, TypeError):
-            pass
-        say(f"{path} is damaged or of another evaluation; this run is made again")
-        return None
-
-    def _keep(self, key: str, values: Any) -> None:
-        if self._folder is not None:
-            write_json(self._folder / f"{key}.json", {"mark": self._mark, "sha256": _sha256(values), "outcome": values})
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def _identities(inputs: Mapping[str, Path]) -> dict[str, str]:

@@ -31,6 +31,7 @@ def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> P
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    describe_resources()
     try:
         if main:
             store.set_aside_reported()
@@ -49,10 +50,21 @@ def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> P
 
 
 def described(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its signature at hand: Snakemake asks for it several times a job, and working it out takes longer
-    than all of our planning."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    """`function` with its parameters at hand: Snakemake asks for them several times a job, and working them out takes
+    longer than all of our planning."""
+    from snakemake.common import overwrite_function_params
+
+    overwrite_function_params(function, inspect.signature(function).parameters)  # type: ignore[arg-type]
     return function
+
+
+def describe_resources() -> None:
+    """The same for Snakemake's own `Resource.evaluate`, asked for twice a resource of every job."""
+    from snakemake.common import overwrite_function_params
+    from snakemake.resources import Resource
+
+    parameters = inspect.signature(Resource("", 0).evaluate).parameters  # of the bound method: without `self`
+    overwrite_function_params(Resource.evaluate, parameters)  # type: ignore[arg-type]
 
 
 def freeze(node: Node) -> None:

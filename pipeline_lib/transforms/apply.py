@@ -21,15 +21,14 @@ from pipeline_lib.transforms.modules import (
     EmbeddingAtSite,
     InnerAttentionAtSites,
     LinearAtSite,
-    SharedInput,
     reclass,
     restore_class,
 )
 from pipeline_lib.transforms.patterns import EVERYWHERE, matches, merge
+from pipeline_lib.transforms.shared_inputs import share_inputs
 from pipeline_lib.transforms.sites import (
     ATTENTION_VALUE,
     KV,
-    ONE_INPUT,
     QUERY_KEY,
     Found,
     find_sites,
@@ -94,6 +93,11 @@ class Applied:
         """Have `undo` called by `remove`, in reverse order."""
         self._undo.append(undo)
 
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Give `module` an attribute until `remove`."""
+        setattr(module, name, value)
+        self.on_remove(lambda: delattr(module, name))
+
 
 def apply(
     model: nn.Module,
@@ -133,7 +137,7 @@ def apply(
     try:
         applied.at = [(found[i], SiteFunctions(found[i].site, chosen[i], context)) for i in sorted(chosen)]
         _install(model, applied)
-        _share_inputs(model, applied, found)
+        share_inputs(model, applied, found)
     except BaseException:
         applied.remove()
         raise
@@ -211,7 +215,7 @@ def _install(model: nn.Module, applied: Applied) -> None:
     for found, functions in applied.at:
         if functions.site.kind in ("linear", "embedding"):
             mixin = LinearAtSite if functions.site.kind == "linear" else EmbeddingAtSite
-            _set(applied, found.module, FUNCTIONS, functions)
+            applied.set(found.module, FUNCTIONS, functions)
             reclass(found.module, mixin)
             applied.on_remove(lambda module=found.module: restore_class(module))
             _attach_state(model, applied, found.module, {"": functions})
@@ -222,7 +226,7 @@ def _install(model: nn.Module, applied: Applied) -> None:
         sites = AttentionSites(
             applied.context, *(parts.get(part) for part in (KV, QUERY_KEY, ATTENTION_VALUE)), span=span
         )
-        _set(applied, module, ATTENTION, sites)
+        applied.set(module, ATTENTION, sites)
         _attach_state(model, applied, module, parts)
         if is_inner_attention(module):
             reclass(module, InnerAttentionAtSites)
@@ -236,55 +240,12 @@ def _install(model: nn.Module, applied: Applied) -> None:
             applied.on_remove(follow_cache(cast("PreTrainedModel", model), applied.context))
 
 
-def _share_inputs(model: nn.Module, applied: Applied, found: list[Found]) -> None:
-    """Load inputs that lie in one memory once, in the module around the layers that read them."""
-    at = {f.site.name: (f.module, functions) for f, functions in applied.at if f.site.kind == "linear"}
-    linear = {f.site.name for f in found if f.site.kind == "linear"}
-    paths = {module: path for path, module in model.named_modules()}
-    wanted = {name for name, (_, functions) in at.items() if functions.one_memory()}
-    shared: set[str] = set()
-    for name in sorted(wanted):
-        around, _, last = name.rpartition(".")
-        group = next((group for group in ONE_INPUT if last in group), ())
-        members = [f"{around}.{layer}" for layer in group if f"{around}.{layer}" in linear]
-        if len(members) < 2 or name in shared:
-            continue
-        said = {name: at[name][1].one_memory() if name in at else [] for name in members}
-        if any(said[member] != said[name] for member in members):
-            raise UserError(
-                "layers that read their input from one memory must have the same settings for it",
-                where=around,
-                value=", ".join(f"{member.rpartition('.')[2]}: {said[member] or 'none'}" for member in members),
-                fix="give them one pattern, or set shared_input to false there",
-            )
-        shared |= set(members)
-        own = [paths[at[member][0]].split(".") for member in members]
-        depth = next(i for i, parts in enumerate(zip(*own, strict=False)) if len(set(parts)) > 1)
-        input = SharedInput(at[members[0]][1])
-        applied.on_remove(input.install(model.get_submodule(".".join(own[0][:depth]))))
-        for member in members:
-            _set(applied, at[member][0], "shared_input", input)
-    if wanted and not shared:
-        raise UserError(
-            "no two layers read the same input",
-            where="shared_input",
-            value=sorted(wanted)[:5],
-            allowed=f"layers beside each other named {'; '.join(', '.join(group) for group in ONE_INPUT)}",
-            fix="set shared_input to false",
-        )
-
-
 def _span(model: nn.Module) -> int:
     config = getattr(model, "config", None) or getattr(model, "model_args", None)
     for name in ("max_position_embeddings", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
     return DEFAULT_SPAN
-
-
-def _set(applied: Applied, module: nn.Module, name: str, value: Any) -> None:
-    setattr(module, name, value)
-    applied.on_remove(lambda: delattr(module, name))
 
 
 def _attach_state(model: nn.Module, applied: Applied, module: nn.Module, parts: dict[str, SiteFunctions]) -> None:
@@ -304,4 +265,4 @@ def _attach_state(model: nn.Module, applied: Applied, module: nn.Module, parts: 
     near = next((p.device for owner in (module, model) for p in owner.parameters()), torch.device("cpu"))
     holder.to(near)
     holder.train(module.training)
-    _set(applied, module, STATE, holder)
+    applied.set(module, STATE, holder)

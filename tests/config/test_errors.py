@@ -95,6 +95,18 @@ CASES: dict[str, tuple[str, Any, str, list[str]]] = {
     "task for another family": ("models/b", {"bert": {"dim": 8, "layers": 1, "heads": 1, "ffn": 8}, "tokenizer": "pydocs", "dataset": "pydocs", "recipe": {"cram": {"steps": 1}}, "tasks": ["pydocs"]}, "results/plain-b/pydocs.json", ["tasks.pydocs", "cannot evaluate model b", "causal"]),
     "publishing off": ("seed", DELETE, "results/publish/plain-nano.json", ["publish", "owner/name"]),
     "table not rectangular": ("tables/robustness/cells", [["plain-nano"]], "", ["tables.robustness", "cells"]),
+    "tokenizer of unknown dataset": ("tokenizers/pydocs/train/dataset", "pydoc", "", ["tokenizers.pydocs.train.dataset", "pydoc", "pydocs"]),
+    "unused model's tokenizer": ("models/1.1b/tokenizer", "cosmo", "", ["models.1.1b.tokenizer", "cosmo", "cosmo2"]),
+    "unused model's dataset": ("models/1.1b/dataset", "fineweb", "", ["models.1.1b.dataset", "fineweb", "fineweb-edu"]),
+    "unused recipe": ("recipes/pretrian", {}, "", ["recipes.pretrian", "pretrain"]),
+    "unused task's type": ("tasks/q", {"type": "lm-eval"}, "", ["tasks.q.type", "lm-eval", "lm_eval"]),
+    "unused task's key": ("tasks/q", {"type": "lm_eval", "task": "x", "lmit": 3}, "", ["tasks.q.lmit", "limit"]),
+    "sweep that nobody asked for": ("sweeps/optical-60m-rates/grid", {"recipe.finetune.lrr": [1.0]}, "", ["sweeps.optical-60m-rates", "lrr"]),
+    "repository with ..": ("models/x", {"hub": {"repo": "../x"}}, "", ["models.x.hub.repo", "../x", "owner/name"]),
+    "repository with ;": ("models/x", {"hub": {"repo": "a/b;rm"}}, "", ["models.x.hub.repo", "a/b;rm"]),
+    "dataset repository with ..": ("datasets/x", {"source": {"type": "hub", "repo": "../x"}}, "", ["datasets.x.source.repo", "../x", "owner/name"]),
+    "publish without owner": ("experiments/x", {"model": "nano", "publish": "x"}, "", ["experiments.x.publish", "owner/name"]),
+    "split that leaves nothing": ("datasets/pydocs/split", {"valid": 0.7, "test": 0.7}, "", ["datasets.pydocs.split", "1.4"]),
     "infinite number": ("fault_seeds", float("inf"), "", ["fault_seeds"]),
 }  # fmt: skip
 

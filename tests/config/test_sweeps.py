@@ -101,11 +101,11 @@ def test_trainings_that_may_diverge_say_whether_they_did(tmp_path: Path, monkeyp
 
 
 def test_unknown_settings_and_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = plan(tmp_path, monkeypatch, grid={"p": [0.1]}, settings={"transform.bitflip.wieght.p": "{p}"})
     with pytest.raises(UserError, match=r"sweeps\.s\.settings(.|\n)*no such setting(.|\n)*weight"):
-        wrong.sweep("s")
+        plan(tmp_path, monkeypatch, grid={"p": [0.1]}, settings={"transform.bitflip.wieght.p": "{p}"})
+    right = plan(tmp_path, monkeypatch, grid=GRID, settings=SETTINGS)
     with pytest.raises(UserError, match="nothing of that name"):
-        wrong.view("results/sweeps/s.pdf")
+        right.view("results/sweeps/s.pdf")
 
 
 def test_a_sweep_on_request_is_no_part_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

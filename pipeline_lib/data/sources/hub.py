@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field
 
 from pipeline_lib.config.errors import UserError, closest
+from pipeline_lib.config.names import REPOSITORY
 from pipeline_lib.data.documents import SPLITS, Source, Unit
 from pipeline_lib.data.formats import SUFFIXES, TableSettings
 
@@ -26,7 +27,7 @@ class Settings(TableSettings):
     """A repository at a revision; `files`, or the configuration and split that its README lists."""
 
     type: Literal["hub"] = "hub"
-    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=96, description="dataset repository: owner/name")
+    repo: str = Field(pattern=REPOSITORY, max_length=96, description="dataset repository: owner/name")
     revision: str = Field("main", min_length=1, description="branch, tag or commit; pinned by hub.lock.json")
     config: str | None = Field(None, description="the repository's configuration (subset); default: its default one")
     split: str | dict[Split, str] = Field(
