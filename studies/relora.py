@@ -33,7 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ReLoRA": {"transform": "plain", "recipe": "relora"},
     "ReLoRA on ternary": {"transform": "ternary", "recipe": "relora"},
 }
-RATES = (4.0e-3, 8.0e-3, 1.6e-2, 3.2e-2)
+RATES = (4.0e-3, 8.0e-3, 1.6e-2)
 POINTS = 4
 VALIDATION = 64  # sequences
 COMMON = {"global_batch": 8, "seq_len": 64, "betas": [0.9, 0.95], "weight_decay": 0.1, "max_norm": 1.0, "eps": 1e-8}

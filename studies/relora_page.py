@@ -188,12 +188,11 @@ def _large(large: dict[str, Any]) -> str:
     heads = ["arm", "weights", "adapters", "gradients", "optimizer", "activations", "stated", "measured", "ratio"]
     return (
         f"{used['measured_layers']} of its {used['layers']} layers, two steps of {used['accumulation']} forward passes "
-        f"of {used['micro_batch']} sequence of {used['seq_lens'][0]} tokens, products in {used['precision']} (of as many "
+        f"of {used['micro_batch']} sequence of {used['seq_lens'][0]} tokens, {used['precision']} products (of as many "
         f"bytes as the published fp16), blocks recomputed, adapters of rank {used['rank']}; GiB. "
         "Measured is the allocator's peak.\n\n"
         + _table(heads, rows)
         + f"\nThe statement applied to all {used['layers']} layers and to the {used['published_tokens']} tokens of a "
         f"forward pass of the ready experiments (activations from those at {used['seq_lens'][0]} and "
-        f"{used['seq_lens'][1]} tokens), GiB:\n\n"
-        + _table(["arm", "device", "share of plain", "host"], grown)
+        f"{used['seq_lens'][1]} tokens), GiB:\n\n" + _table(["arm", "device", "share of plain", "host"], grown)
     )
