@@ -26,6 +26,12 @@ The speed of bit flips on a GPU is unmeasured: no GPU was at hand. On a machine 
 The speed of optical products on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
 `python -m benchmarks.optical_gpu` measures it and writes the table here.
 """,
+    "ternary_gpu": """## ternary_gpu
+
+The speed of packed ternary products on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
+`python -m benchmarks.ternary_gpu` measures it and writes the table here. Goals: at least 2 times as fast as unpack +
+linear, at most 0.25 of the bytes of bf16 (0.2 by the layout), at one row at least 2.5 times as fast as bf16.
+""",
 }
 
 

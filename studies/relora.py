@@ -33,13 +33,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "ReLoRA": {"transform": "plain", "recipe": "relora"},
     "ReLoRA on ternary": {"transform": "ternary", "recipe": "relora"},
 }
-RATES = (4.0e-3, 8.0e-3)
+RATES = (4.0e-3, 8.0e-3, 1.6e-2)
 POINTS = 4
 VALIDATION = 64  # sequences
 COMMON = {"global_batch": 8, "seq_len": 64, "betas": [0.9, 0.95], "weight_decay": 0.1, "max_norm": 1.0, "eps": 1e-8}
-LARGE = {"layers": 5, "measured_layers": 2, "micro_batch": 1, "accumulation": 2, "seq_len": 64, "rank": 128}
+LARGE: dict[str, Any] = {
+    "layers": 5, "measured_layers": 2, "micro_batch": 1, "accumulation": 2, "seq_lens": [64, 32], "rank": 128,
+    "precision": "bf16", "activation_checkpointing": "full",
+}  # fmt: skip
 PUBLISHED_TOKENS = 4 * 1024
-"""Tokens of a published micro-batch."""
+"""Tokens of a micro-batch of the ready experiments, and at most of a published one."""
 
 
 def recipe(arm: str, steps: int, rate: float) -> dict[str, Any]:
@@ -181,7 +184,31 @@ def validation(loop: Any) -> float:
 
 
 def large(folder: Path) -> dict[str, Any]:
-    """Two layers of mistral-1b in each arm: stated against measured bytes, and stated for all its layers."""
+    """Two layers of mistral-1b in each arm: stated against measured bytes, and stated for all layers and tokens."""
+    from dataclasses import asdict
+
+    import torch
+
+    torch.set_num_threads(1)
+    shape = read_yaml(ROOT / "config.yaml")["models"]["mistral-1b"]["mistral"]
+    vocab = read_yaml(ROOT / "config.yaml")["tokenizers"]["mistral"]["vocab"]
+    sizes = {**shape, "layers": LARGE["measured_layers"], "vocab": vocab, "max_seq_len": max(LARGE["seq_lens"])}
+    rows = {}
+    for arm in LARGE_ARMS:
+        note = folder / f"large-{arm}.json"
+        if not note.exists():
+            first, second = (_measured(arm, sizes, length) for length in LARGE["seq_lens"])
+            whole = first.at(LARGE["layers"], PUBLISHED_TOKENS, second)
+            both = [{"stated": found.account.total(), "measured": found.peak} for found in (first, second)]
+            components = {"components": asdict(first.account), "all_layers": asdict(whole)}
+            write_json(note, {**both[0], "second": both[1], **components, "all_layers_total": whole.total()})
+            print(arm, read_json(note), flush=True)
+        rows[arm] = read_json(note)
+    return {"settings": {**LARGE, "published_tokens": PUBLISHED_TOKENS, "shape": sizes}, "arms": rows}
+
+
+def _measured(arm: str, sizes: dict[str, Any], length: int) -> Any:
+    """An arm on sequences of `length` tokens: what it states and what it took."""
     import torch
 
     from pipeline_lib.evaluation.base import Subject
@@ -189,35 +216,12 @@ def large(folder: Path) -> dict[str, Any]:
     from pipeline_lib.evaluation.training_memory import measure
     from pipeline_lib.models import mistral
 
-    torch.set_num_threads(1)
-    shape = read_yaml(ROOT / "config.yaml")["models"]["mistral-1b"]["mistral"]
-    vocab = read_yaml(ROOT / "config.yaml")["tokenizers"]["mistral"]["vocab"]
-    sizes = {**shape, "layers": LARGE["measured_layers"], "vocab": vocab, "max_seq_len": LARGE["seq_len"]}
-    given = {key: LARGE[key] for key in ("micro_batch", "accumulation", "seq_len", "rank")}
-    settings = Settings.model_validate({**given, "activation_checkpointing": "full"})
-    rows = {}
-    for arm in LARGE_ARMS:
-        note = folder / f"large-{arm}.json"
-        if not note.exists():
-            torch.manual_seed(0)
-            subject = Subject(mistral.build(sizes).eval(), None, None, 1)  # type: ignore[arg-type]
-            found = measure(subject, arm, settings, 0, use_up=True)
-            work = PUBLISHED_TOKENS / (LARGE["micro_batch"] * LARGE["seq_len"])
-            whole = found.at(LARGE["layers"], work)
-            write_json(
-                note,
-                {
-                    "stated": found.account.total(),
-                    "measured": found.peak,
-                    "components": vars(found.account),
-                    "all_layers": vars(whole),
-                    "all_layers_total": whole.total(),
-                },
-            )
-            print(arm, read_json(note), flush=True)
-            del subject, found
-        rows[arm] = read_json(note)
-    return {"settings": {**LARGE, "published_tokens": PUBLISHED_TOKENS, "shape": sizes}, "arms": rows}
+    given = {
+        key: LARGE[key] for key in ("micro_batch", "accumulation", "rank", "precision", "activation_checkpointing")
+    }
+    torch.manual_seed(0)
+    subject = Subject(mistral.build(sizes).eval(), None, None, 1)  # type: ignore[arg-type]
+    return measure(subject, arm, Settings.model_validate({**given, "seq_len": length}), 0, use_up=True)
 
 
 if __name__ == "__main__":

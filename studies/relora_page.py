@@ -12,6 +12,7 @@ from pipeline_lib.reporting.numbers import number, plus_minus
 from pipeline_lib.reporting.plots import training_curves
 from studies.report import where
 
+ORDER = ("plain", "ternary", "ReLoRA", "ReLoRA on ternary")
 LARGE_ARMS = {"full": "plain", "lora": "LoRA", "relora": "ReLoRA", "relora_ternary": "ReLoRA on ternary"}
 
 
@@ -23,7 +24,7 @@ def cell(arm: str, rate: float, seed: int) -> str:
 def derive(study: dict[str, Any]) -> dict[str, str]:
     """The study's page and picture, from its JSON alone."""
     settings, seeds = study["settings"], study["seeds"]
-    best = {arm: best_rate(study, arm) for arm in settings["arms"]}
+    best = {arm: best_rate(study, arm) for arm in sorted(settings["arms"], key=ORDER.index)}
     curves = {arm: _mean_losses(study, arm, best[arm]) for arm in best}
     page = PAGE.format(
         arms=len(best),
@@ -187,11 +188,11 @@ def _large(large: dict[str, Any]) -> str:
     heads = ["arm", "weights", "adapters", "gradients", "optimizer", "activations", "stated", "measured", "ratio"]
     return (
         f"{used['measured_layers']} of its {used['layers']} layers, two steps of {used['accumulation']} forward passes "
-        f"of {used['micro_batch']} sequence of {used['seq_len']} tokens, fp32, blocks recomputed, adapters of rank "
-        f"{used['rank']}; GiB. "
+        f"of {used['micro_batch']} sequence of {used['seq_lens'][0]} tokens, {used['precision']} products (of as many "
+        f"bytes as the published fp16), blocks recomputed, adapters of rank {used['rank']}; GiB. "
         "Measured is the allocator's peak.\n\n"
         + _table(heads, rows)
         + f"\nThe statement applied to all {used['layers']} layers and to the {used['published_tokens']} tokens of a "
-        "published forward pass (activations are in proportion to tokens), GiB:\n\n"
-        + _table(["arm", "device", "share of plain", "host"], grown)
+        f"forward pass of the ready experiments (activations from those at {used['seq_lens'][0]} and "
+        f"{used['seq_lens'][1]} tokens), GiB:\n\n" + _table(["arm", "device", "share of plain", "host"], grown)
     )

@@ -14,7 +14,6 @@ from torch import Tensor
 from pipeline_lib.evaluation.base import Subject
 from pipeline_lib.models.blocks import blocks
 from pipeline_lib.models.memory import (
-    Activations,
     Measured,
     activations,
     allocated_peak,
@@ -50,43 +49,36 @@ def measure(subject: Subject, arm: str, settings: Settings, seed: int, use_up: b
     host, host_block = (0, 0) if arm == "full" else _adapted(model, arm, settings)
     if settings.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found: list[Activations] = []
     there = 0 if device.type == "cuda" else sum(size(t) for t in [*model.parameters(), *model.buffers()])
-    peak = there + allocated_peak(lambda: found.append(_train(model.to(device), context, settings, seed)), device)
-    account = replace(state_account(model, host), activations=found[0].total())
+    peak = there + allocated_peak(lambda: _train(model.to(device), context, settings, seed), device)
+    # Afterwards: to look inside a block takes memory of its own.
+    _, kept = activations(model, lambda: _loss(model, context, settings, seed), settings.accumulation > 1)
+    account = replace(state_account(model, host), activations=kept.total())
     block = state_account(model, host_block, among=blocks(model)[0])
     gc.collect()
-    return Measured(account, block, found[0], peak)
+    return Measured(account, block, kept, settings.micro_batch * settings.seq_len, peak)
 
 
-def _train(model: Any, context: FaultContext | None, settings: Settings, seed: int) -> Activations:
+def _train(model: Any, context: FaultContext | None, settings: Settings, seed: int) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    device, vocab = trained[0].device, model.config.vocab_size
-    shape = (settings.micro_batch, settings.seq_len)
-    tokens_BT = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    dtype = DTYPES[settings.precision]
-
-    def forward() -> Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits_BTV = model(input_ids=tokens_BT).logits
-            return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten())
-
-    kept: Activations | None = None
     for step in range(STEPS):
         for _ in range(settings.accumulation):
-            if context is not None:
-                context.begin(step, 0)
-            if kept is None:
-                loss, kept = activations(model, forward)
-            else:
-                loss = forward()
-            loss.backward()
-            del loss
+            _loss(model, context, settings, seed, step).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    assert kept is not None
-    return kept
+
+
+def _loss(model: Any, context: FaultContext | None, settings: Settings, seed: int, step: int = STEPS) -> Tensor:
+    """Of a micro-batch of random tokens."""
+    if context is not None:
+        context.begin(step, 0)
+    device, shape = next(model.parameters()).device, (settings.micro_batch, settings.seq_len)
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    dtype = DTYPES[settings.precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits_BTV = model(input_ids=tokens_BT).logits
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten())
 
 
 def _adapted(model: Any, arm: str, settings: Settings) -> tuple[int, int]:

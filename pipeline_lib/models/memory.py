@@ -2,15 +2,19 @@
 
 The statement counts tensors: weights (and what else the model holds), adapters, their gradients, AdamW's two moments,
 and activations, that is, the bytes that autograd keeps of one micro-batch's forward pass for the backward pass, and
-two tensors in the shape of the logits, fp32, which the loss's own backward pass makes while all of these are alive.
-Where blocks are recomputed, only their inputs are kept, and the inside of one takes the place of the loss's two tensors
-where it is larger.
+what is made beside them at the tightest of these moments:
+
+* at the loss: two tensors in the shape of the logits, fp32, and what autocast has kept of the weights of recomputed
+  blocks in half precision (outside of these, autograd keeps it anyway);
+* where gradients are added up over micro-batches, at the largest weight outside the blocks: its gradient once more,
+  before it is added;
+* where blocks are recomputed, so that only their inputs are kept: the inside of one, and its largest gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -50,7 +54,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass leaves for the backward pass.
+    """Bytes that a forward pass leaves for the backward pass, and what is made beside them.
 
     Attributes:
         saved: all that autograd keeps, of recomputed blocks their inputs.
@@ -59,6 +63,8 @@ class Activations:
         layers: number of blocks.
         recompute: whether blocks are recomputed.
         logits: elements of the logits.
+        copies: of a block's weights in half precision, which autocast keeps to the end of the forward pass.
+        gradient, block_gradient: the largest gradient outside the blocks and in one, while it is added; or 0.
     """
 
     saved: int
@@ -67,14 +73,31 @@ class Activations:
     layers: int
     recompute: bool
     logits: int
+    copies: int = 0
+    gradient: int = 0
+    block_gradient: int = 0
 
     def total(self, layers: int | None = None) -> int:
         """Of this model, or of the same with another number of blocks."""
-        more = (self.layers if layers is None else layers) - self.layers
-        loss = 2 * 4 * self.logits
-        if self.recompute:  # the loss is done with when the first block is computed again
-            return self.saved + more * self.input + max(self.block, loss)
-        return self.saved + more * self.block + loss
+        layers = self.layers if layers is None else layers
+        more, loss = layers - self.layers, 2 * 4 * self.logits
+        if not self.recompute:
+            return self.saved + more * self.block + max(loss, self.gradient)
+        moments = (loss + layers * self.copies, self.gradient, self.block + self.block_gradient)
+        return self.saved + more * self.input + max(moments)
+
+    def of_tokens(self, share: float, other: Activations, other_share: float) -> Activations:
+        """Of a micro-batch of another size, in proportion; from two sizes, since weights' copies do not grow with it.
+
+        Args:
+            share, other_share: tokens here, and in `other`, as a share of those asked for.
+        """
+        slope = (1 - share) / (share - other_share)
+        sizes = {
+            name: round(getattr(self, name) + slope * (getattr(self, name) - getattr(other, name)))
+            for name in ("saved", "input", "block", "logits")
+        }
+        return replace(self, **sizes)
 
 
 def size(tensor: Tensor) -> int:
@@ -130,37 +153,81 @@ class _Kept:
         return sum(self._found.values())
 
 
-def activations(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Activations]:
+def activations(
+    model: nn.Module, forward: Callable[[], Tensor], accumulates: bool = True
+) -> tuple[Tensor, Activations]:
     """(what `forward` gave, what it leaves for its backward pass); one block is run a second time to see inside it.
 
     For a model on one device that is not sharded.
 
     Args:
         forward: a forward pass of `model` on a micro-batch, to the loss.
+        accumulates: gradients of several micro-batches are added up.
     """
     layers, seen = blocks(model), {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.setdefault("block", (module, [_detached(a) for a in args], {k: _detached(v) for k, v in kwargs.items()}))
+        kind = next(model.parameters()).device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        found = (module, [_detached(a) for a in args], {k: _detached(v) for k, v in kwargs.items()}, kind, half)
+        seen.setdefault("block", found)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         seen["logits"] = output.logits.numel()
 
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    handles = [layers[-1].register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     try:
         with _Kept(model) as whole:
             loss = forward()
     finally:
         for handle in handles:
             handle.remove()
-    block, args, kwargs = seen["block"]
+    block, args, kwargs, kind, half = seen["block"]
     first = next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
-    with _Kept(model) as inside, torch.enable_grad():
-        # The class's `forward`: the block's own may be wrapped to recompute. Its input is the block before's output.
-        inside.skip(first)
-        type(block).forward(block, *args, **kwargs)
     recompute = bool(getattr(block, "gradient_checkpointing", False))
-    return loss, Activations(whole.bytes, size(first), inside.bytes, len(layers), recompute, seen["logits"])
+    block.gradient_checkpointing = False  # or the inside would stay hidden once more
+    try:
+        with _Kept(model) as inside, torch.enable_grad(), torch.autocast(kind, dtype=half, enabled=half is not None):
+            inside.skip(first)  # the block before's output
+            block.forward(*args, **kwargs)
+    finally:
+        block.gradient_checkpointing = recompute
+    outside = largest_gradient(model, half is not None, skip=layers) if accumulates else 0
+    own = largest_gradient(block, half is not None) if accumulates else 0
+    copies = _autocast_copies(block) if half is not None else 0
+    found = (whole.bytes, size(first), inside.bytes, len(layers), recompute, seen["logits"], copies, outside, own)
+    return loss, Activations(*found)
+
+
+def largest_gradient(model: nn.Module, autocast: bool, skip: Sequence[nn.Module] = ()) -> int:
+    """Bytes of the largest gradient while it is made: fp32, under autocast from one in half precision.
+
+    Args:
+        skip: parts whose parameters do not count.
+    """
+    others = {id(parameter) for part in skip for parameter in part.parameters()}
+    sizes = [
+        (size(parameter) * 3 // 2 if autocast and not isinstance(module, nn.Embedding) else size(parameter))
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and id(parameter) not in others
+    ]
+    return max(sizes, default=0)
+
+
+def _autocast_copies(block: nn.Module) -> int:
+    """Bytes of the copies that autocast makes, and keeps, of a block's trained fp32 matrices.
+
+    A matrix that a transform works on is none of its own: its copies are made anew and are not kept.
+    """
+    sites = [getattr(module, "functions_at_site", None) for module in block.modules()]
+    return sum(
+        2 * parameter.numel()
+        for module, site in zip(block.modules(), sites, strict=True)
+        if site is None or not site.holds("weight")
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and parameter.ndim == 2 and parameter.dtype == torch.float32
+    )
 
 
 def _detached(value: Any) -> Any:
@@ -177,19 +244,26 @@ class Measured:
         account: what it states.
         block: the part of one block in it, activations apart.
         kept: its activations.
+        tokens: of a micro-batch.
         peak: bytes by the allocator's count.
     """
 
     account: Account
     block: Account
     kept: Activations
+    tokens: int
     peak: int
 
-    def at(self, layers: int, work: float = 1.0) -> Account:
-        """The account of the model with another number of blocks, and `work` times as many tokens a micro-batch."""
+    def at(self, layers: int, tokens: int, other: Measured) -> Account:
+        """The account of the model with another number of blocks and of tokens a micro-batch.
+
+        Args:
+            other: the same training, measured with another number of tokens.
+        """
+        kept = self.kept.of_tokens(self.tokens / tokens, other.kept, other.tokens / tokens)
         more = layers - self.kept.layers
         grown = {name: value + more * getattr(self.block, name) for name, value in vars(self.account).items()}
-        return Account(**{**grown, "activations": round(work * self.kept.total(layers))})
+        return Account(**{**grown, "activations": kept.total(layers)})
 
 
 def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:

@@ -12,6 +12,7 @@ Imported only where it is used: by CUDA tensors, and by tests under Triton's int
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -135,12 +136,13 @@ def forward(x: Tensor, packed: Tensor, scale: Tensor, layout: Layout, group_size
     rows, features = x.shape
     y = x.new_empty(rows, len(packed))
     sizes = _sizes(packed, scale, features, layout, group_size)
-    if rows <= FEW:
-        grid = (rows, triton.cdiv(len(packed), 16))
-        _row_kernel[grid](x, packed, scale, y, len(packed), features, **sizes, BN=16, BB=64)
-    else:
-        grid = (triton.cdiv(rows, 64), triton.cdiv(len(packed), 64))
-        _forward_kernel[grid](x, packed, scale, y, rows, len(packed), features, **sizes, BM=64, BN=64, BB=32)
+    with torch.cuda.device_of(x):  # not the current one in every process of several GPUs
+        if rows <= FEW:
+            grid = (rows, triton.cdiv(len(packed), 16))
+            _row_kernel[grid](x, packed, scale, y, len(packed), features, **sizes, BN=16, BB=64)
+        else:
+            grid = (triton.cdiv(rows, 64), triton.cdiv(len(packed), 64))
+            _forward_kernel[grid](x, packed, scale, y, rows, len(packed), features, **sizes, BM=64, BN=64, BB=32)
     return y
 
 
@@ -153,10 +155,11 @@ def input_gradient(
     out = gradient.new_empty(rows, features)
     sizes = _sizes(packed, scale, features, layout, group_size)
     grid = (triton.cdiv(rows, 64), triton.cdiv(packed.shape[1], 64))
-    for digit in range(PER_BYTE[layout]):
-        _gradient_kernel[grid](
-            gradient, packed, scale, out, rows, outputs, features, **sizes, DIGIT=digit, BM=64, BN=32, BB=64
-        )
+    with torch.cuda.device_of(gradient):
+        for digit in range(PER_BYTE[layout]):
+            _gradient_kernel[grid](
+                gradient, packed, scale, out, rows, outputs, features, **sizes, DIGIT=digit, BM=64, BN=32, BB=64
+            )
     return out
 
 

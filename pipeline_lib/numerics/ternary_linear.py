@@ -16,7 +16,7 @@ from pipeline_lib.numerics.trits import Layout, code_table, spread
 
 TILE = 2**20
 """Weights unpacked at once on a CPU: 4 MiB in fp32, which stays in the cache of a core; or as many as x has elements,
-where that is more, since a product arranges x anew for each tile."""
+where that is more, since a product arranges x anew for each tile, but no more than a quarter of the matrix."""
 
 
 def dequantise(packed: Tensor, scale: Tensor, features: int, layout: Layout, group_size: int | None) -> Tensor:
@@ -75,6 +75,7 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, layout: Layout, group_siz
     y = x.new_empty(len(x), len(packed))
     for first, last, tile in _tiles(packed, scale, x, x.shape[1], layout, group_size):
         torch.mm(x, tile.t(), out=y[:, first:last])
+        del tile  # before the next one is there
     return y
 
 
@@ -85,13 +86,14 @@ def _input_gradient(
     total = gradient.new_zeros(len(gradient), features)
     for first, last, tile in _tiles(packed, scale, gradient, features, layout, group_size):
         total.addmm_(gradient[:, first:last], tile)
+        del tile
     return total
 
 
 def _tiles(packed: Tensor, scale: Tensor, meets: Tensor, features: int, layout: Layout, group_size: int | None) -> Any:
     """(first row, row after the last, these rows of the weight), the tiles of a weight that meets [n, …] one by one."""
     scale = scale.to(meets.dtype)
-    rows = max(TILE // features, len(meets), 1)
+    rows = max(TILE // features, min(len(meets), len(packed) // 4), 1)
     for first in range(0, len(packed), rows):
         last = min(first + rows, len(packed))
         part = scale if len(scale) == 1 else scale[first:last]

@@ -198,7 +198,7 @@ class Loop:
 
         if self.kept is not None or distributed.world() > 1 or option(self.job, "compile", False):
             return forward()
-        loss_B, self.kept = activations(self.model, forward)
+        loss_B, self.kept = activations(self.model, forward, self.sharing.accumulation > 1)
         return loss_B
 
     def _memory(self) -> dict[str, float]:

@@ -47,10 +47,15 @@ def test_published_merges_come_one_step_late() -> None:
 
 
 def test_the_schedule_decays_and_is_never_negative() -> None:
-    """The source's documentation took the smaller of two terms: a constant, and below 0 after twice the steps."""
-    late = [published(step) for step in (20_150, 30_150, 40_150)]
-    assert late == sorted(late, reverse=True)
-    assert len(set(late)) == 3
+    """The slip in the source's documentation: the smaller of two terms, which is a constant, then below 0."""
+
+    def documented(step: int, warmup: int = 1000, steps: int = 50_000, floor: float = 1e-5) -> float:
+        return step / warmup if step < warmup else min(floor, 1 - (step - warmup) / (steps - warmup))
+
+    for step in (20_150, 30_150, 40_150):
+        assert documented(step) == 1e-5
+        assert published(step) == pytest.approx(1 - (step - 1000) / 49_000), "the larger of the two terms"
+    assert documented(100_500) < 0
     assert all(published(step) >= 0 for step in (50_000, 100_500, 1_000_000))
 
 
@@ -77,6 +82,11 @@ def test_warm_up_must_fit_between_merges() -> None:
         Settings(steps=10, reset_every=5, reset_warmup=5)
     with pytest.raises(ValueError, match="the published schedule decays linearly"):
         Settings(steps=10, schedule="published", decay="cosine")
+
+
+def test_frozen_weights_cannot_be_clipped() -> None:
+    with pytest.raises(ValueError, match="clip_weights changes weights that relora leaves frozen"):
+        Settings.model_validate({"steps": 10, "reset_every": None, "clip_weights": 0.1})
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------

@@ -152,3 +152,26 @@ def test_half_precision_trains(bench: Bench, precision: str) -> None:
     assert bench.run(work) == [0]
     for half, full in zip(metrics(work), metrics(bench.reference), strict=True):
         assert half["loss"] == pytest.approx(full["loss"], rel=2e-2), full["step"]
+
+
+@pytest.mark.parametrize(
+    ("transform", "recipe"),
+    [
+        (TERNARY, {"optimizer_reset": "all", "schedule": "published"}),
+        ([], {"optimizer_reset": "pruned", "base": "bf16"}),
+    ],
+    ids=["all", "pruned"],
+)
+def test_other_restarts_go_on_after_a_kill_and_on_two_ranks(
+    bench: Bench, transform: list[dict[str, Any]], recipe: dict[str, Any]
+) -> None:
+    """With nothing left of the optimizer, or moments of shards pruned as those of the whole; beside a bf16 base."""
+    how = recipe["optimizer_reset"]
+    whole, killed, two = (bench.fresh(f"{how}-{name}", transform, recipe) for name in ("whole", "killed", "two"))
+    assert bench.run(whole) == [0]
+    assert bench.run(killed, Sabotage("kill", "batch", 4 * 4 + 1)) == [-signal.SIGKILL]
+    assert bench.run(killed) == [0]
+    bench.same_result(killed, whole)
+    assert bench.run(two, world=2) == [0, 0]
+    for one, both in zip(metrics(whole), metrics(two), strict=True):
+        assert one["loss"] == pytest.approx(both["loss"], rel=2e-4), one["step"]

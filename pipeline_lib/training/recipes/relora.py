@@ -62,6 +62,8 @@ class Settings(TrainingSettings):
     def _warm_up_fits(self) -> Settings:
         if self.reset_every is not None and self.reset_warmup >= self.reset_every:
             raise ValueError(f"reset_warmup {self.reset_warmup} must be less than reset_every {self.reset_every}")
+        if self.clip_weights is not None:
+            raise ValueError("clip_weights changes weights that relora leaves frozen between merges: remove it")
         if self.schedule == "published" and self.decay != "linear":
             raise ValueError(f"the published schedule decays linearly: decay {self.decay} goes with schedule jagged")
         return self
