@@ -279,6 +279,8 @@ class Resolver:
         checkpoint = self.checkpoint(exp)
         inputs = {"checkpoint": checkpoint}
         name = getattr(settings, "dataset", None)
+        if name is None and getattr(module, "OWN_DATASET", False):
+            name = self.dataset_of(exp)
         if name is not None:
             known(name, self.config.datasets, "datasets", f"{self.file}: tasks.{task}.dataset")
             inputs["dataset"] = self.dataset(name)
