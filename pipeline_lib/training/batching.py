@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pipeline_lib.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,4 +80,6 @@ def rows_of(batch: Batch, first: int, count: int) -> Batch:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """One batch after another."""
+    import torch
+
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
