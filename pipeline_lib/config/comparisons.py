@@ -41,6 +41,16 @@ def comparison(resolver: Resolver, name: str) -> Node:
     return make_node("table", name, settings, inputs)
 
 
+def outline(name: str, given: Comparison) -> str:
+    """One line on what a comparison is made of."""
+    sizes = len(given.arms), len(given.columns), len(given.seeds)
+    cells = sizes[0] * sizes[1] * sizes[2]
+    return (
+        f"{name}: {sizes[0]} arms ({', '.join(given.arms)}) × {sizes[1]} columns ({'; '.join(given.columns)}) "
+        f"× {sizes[2]} seeds = {cells} cells, each measured by {', '.join(one.task for one in given.measures)}"
+    )
+
+
 def cells(resolver: Resolver, name: str, given: Comparison, where: str) -> Iterator[tuple[str, Resolved]]:
     """("<column>.<arm>.<seed>" as numbers, the experiment) of every cell."""
     base = resolver.experiments.get(given.experiment)
@@ -48,12 +58,29 @@ def cells(resolver: Resolver, name: str, given: Comparison, where: str) -> Itera
     for c, (column, of_column) in enumerate(given.columns.items()):
         for a, (arm, of_arm) in enumerate(given.arms.items()):
             values = entry.model_dump(by_alias=True, exclude_defaults=True)
-            for over, place in ((of_column, f"{where}.columns.{column}"), (of_arm, f"{where}.arms.{arm}")):
-                validate(Experiment, over, place)  # an unknown key is told by its place here
-                values = merge(_named(values, base), _named(over, base))
+            validate(Experiment, of_column, f"{where}.columns.{column}")  # an unknown key is told by its place here
+            values = merge(_named(values, base), _named(of_column, base))
+            over = _filled(of_arm, _dataset(resolver, values))
+            validate(Experiment, over, f"{where}.arms.{arm}")
+            values = merge(values, _named(over, base))
             for s, seed in enumerate(given.seeds):
                 cell = validate(Experiment, {**values, "seed": seed}, where)
                 yield f"{c}.{a}.{s}", resolver.variant(f"{name}.{column}.{arm}.s{seed}", cell)
+
+
+def _dataset(resolver: Resolver, values: dict[str, Any]) -> str:
+    """The dataset of an entry: its own, or its model's."""
+    model = resolver.config.models.get(values.get("model", ""))
+    return values.get("dataset") or (model and model.dataset) or ""
+
+
+def _filled(value: Any, dataset: str) -> Any:
+    """What an arm changes, with `dataset` where its text says {dataset}."""
+    if isinstance(value, dict):
+        return {key: _filled(one, dataset) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one, dataset) for one in value]
+    return value.replace("{dataset}", dataset) if isinstance(value, str) else value
 
 
 def _named(values: dict[str, Any], base: Resolved) -> dict[str, Any]:

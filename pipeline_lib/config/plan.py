@@ -79,6 +79,7 @@ class Plan:
             for kind in ("csv", "svg", "png", *self._endings(sweep.task))
         ]
         found += [f"{RESULTS}/tables/{name}.{kind}" for name in self.config.tables for kind in ("csv", "md")]
+        found += [f"{RESULTS}/tables/{name}.{kind}" for name in self._comparisons() for kind in ("csv", "md")]
         return [*found, f"{RESULTS}/report.html"] if found else found
 
     def _endings(self, task: str) -> tuple[str, ...]:
@@ -88,6 +89,10 @@ class Plan:
     def _sweeps(self) -> dict[str, Sweep]:
         """Those that are made without being asked for by name."""
         return {name: sweep for name, sweep in self.config.sweeps.items() if not sweep.on_request}
+
+    def _comparisons(self) -> list[str]:
+        """Those that are made without being asked for by name."""
+        return [name for name, given in self.config.comparisons.items() if not given.on_request]
 
     def view(self, target: str) -> tuple[Node, str]:
         """The node behind a readable target, and the file in its artifact.
@@ -211,6 +216,7 @@ class Plan:
                 inputs[f"train:{name}"] = self.resolver.train(exp)
         inputs.update({f"sweep:{name}": self.sweep(name) for name in self._sweeps()})
         inputs.update({f"table:{name}": self.table(name) for name in self.config.tables})
+        inputs.update({f"comparison:{name}": comparison(self.resolver, name) for name in self._comparisons()})
         tables = {name: table.semantic() for name, table in self.config.tables.items()}
         return make_node("report", "report", {"title": self.config.report.title, "tables": tables}, inputs)
 

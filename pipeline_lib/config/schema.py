@@ -216,11 +216,13 @@ class Measure(Settings):
 
 
 class Comparison(Settings):
-    """Arms against a baseline, in several columns and with several seeds: results/tables/<name>.csv, when asked for."""
+    """Arms against a baseline, in several columns and with several seeds: results/tables/<name>.csv, .md, .svg."""
 
     experiment: str = Field(description="name of the experiment that every cell is")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=2, description="{arm: what it changes of the experiment}; the first is the baseline"
+        min_length=2,
+        description="{arm: what it changes of the experiment}; the first is the baseline; in `losses` and other text "
+        "{dataset} stands for the dataset of the column",
     )
     columns: dict[str, dict[str, Any]] = Field(
         min_length=1, description="{column: what all its arms change of the experiment}: budgets, datasets"
@@ -228,6 +230,9 @@ class Comparison(Settings):
     seeds: list[int] = Field(min_length=2, description="training seeds; arms are compared seed by seed")
     measures: list[Measure] = Field(min_length=1, description="{task, metric, delta} of each comparison")
     level: float = Field(0.05, gt=0, lt=0.5, description="of the tests; intervals are of 1 − level")
+    on_request: bool = Field(
+        default=False, description="made only when it is asked for: no part of the target `all` and of the report"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Comparison:
@@ -278,7 +283,7 @@ class Config(Settings):
     sweeps: dict[str, Sweep] = Field(default={}, description="sweeps by name")
     tables: dict[str, Table] = Field(default={}, description="tables by name")
     comparisons: dict[str, Comparison] = Field(
-        default={}, description="comparisons by name; each makes results/tables/<name>.csv when that is asked for"
+        default={}, description="comparisons by name; each makes results/tables/<name>.csv, .md and .svg"
     )
     fault_seeds: int = Field(
         5, ge=1, le=1000, description="fault seeds an evaluation with random faults is repeated for"

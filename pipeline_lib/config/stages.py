@@ -32,7 +32,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(2),
     "result": Stage(1),
     "sweep": Stage(1),
-    "table": Stage(1),
+    "table": Stage(2),
     "report": Stage(1),
     "publish": Stage(1, network=True),
 }

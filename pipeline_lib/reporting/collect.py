@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.store import SEAL, read_seal
+from pipeline_lib.reporting.budget_curves import Curve
+from pipeline_lib.reporting.comparison import Comparison, judge
 from pipeline_lib.reporting.numbers import Measured, arm_of
 from pipeline_lib.reporting.sweeps import SweepTable, read_sweep
 from pipeline_lib.reporting.tables import Grid, read_grid
@@ -62,6 +64,15 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A comparison of arms: its verdicts, {column: {arm: loss over what was spent}}, and {arm or task: switches}."""
+
+    made: Comparison
+    curves: dict[str, dict[str, Curve]]
+    ran: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Collected:
     """All that the report shows."""
 
@@ -71,6 +82,7 @@ class Collected:
     sweeps: dict[str, SweepTable]
     grids: dict[str, Grid]
     transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    comparisons: dict[str, Compared] = field(default_factory=dict)
 
     @property
     def favourites(self) -> list[str]:
@@ -99,9 +111,10 @@ def collect(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Collecte
 
     Args:
         settings: {title, …}.
-        inputs: `result:<experiment>:<task>`, `train:<experiment>`, `sweep:<name>`, `table:<name>` → artifact.
+        inputs: `result:<experiment>:<task>`, `train:<experiment>`, `sweep:<name>`, `table:<name>`,
+            `comparison:<name>` → artifact.
     """
-    results, trainings, sweeps, grids = [], {}, {}, {}
+    results, trainings, sweeps, grids, comparisons = [], {}, {}, {}, {}
     for role, path in inputs.items():
         kind, _, name = role.partition(":")
         if kind == "result":
@@ -113,8 +126,16 @@ def collect(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Collecte
             sweeps[name] = read_sweep((path / "table.csv").read_text(encoding="utf-8"), metric)
         elif kind == "table":
             grids[name] = read_grid((path / "table.csv").read_text(encoding="utf-8"))
+        elif kind == "comparison":
+            comparisons[name] = _compared(path)
     transforms = {result.experiment: arm_of(result.result)["transform"] for result in results}
-    return Collected(settings["title"], results, trainings, sweeps, grids, transforms)
+    return Collected(settings["title"], results, trainings, sweeps, grids, transforms, comparisons)
+
+
+def _compared(path: Path) -> Compared:
+    found = read_json(path / "comparison.json")["result"]
+    values = {cell: [float(value) for value in own] for cell, own in found["values"].items()}
+    return Compared(judge(found["settings"], values, found["higher"], found["work"]), found["curves"], found["ran"])
 
 
 def _result(name: str, path: Path) -> Result:

@@ -20,6 +20,12 @@ from pipeline_lib.reporting.verdicts import (
     verdict,
 )
 
+WORK = (
+    "steps", "sequences.train", "layer_passes.train", "sequences.forward", "sequences.forward.free",
+    "sequences.hessian", "sequences.hessian.free", "flops", "rst_hours", "epochs",
+)  # fmt: skip
+"""Of the figures of a training's work those that people read."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -40,6 +46,11 @@ class Cell:
     against: Verdict | None
     work: dict[str, float]
 
+    def mean(self) -> str:
+        """Mean ± standard error over seeds, as people read it."""
+        mean, low, _ = interval(self.values)
+        return plus_minus(mean, None if math.isnan(low) else _error(self.values))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -48,6 +59,13 @@ class Comparison:
     seeds: list[int]
     level: float
     cells: list[Cell]
+
+    def groups(self) -> dict[tuple[str, str], dict[str, list[Cell]]]:
+        """{(task, metric): {column: cells of its arms}}."""
+        found: dict[tuple[str, str], dict[str, list[Cell]]] = {}
+        for cell in self.cells:
+            found.setdefault((cell.task, cell.metric), {}).setdefault(cell.column, []).append(cell)
+        return found
 
     def spread(self, column: str, cell: Cell) -> float:
         """Standard deviation of the paired differences, pooled over the arms of a column and measure."""
@@ -84,12 +102,11 @@ class Comparison:
 
     def markdown(self) -> str:
         """A table for every measure and column: mean, difference with its interval, verdict; and what δ it can see."""
-        parts = []
-        for first in dict.fromkeys((cell.task, cell.metric, cell.column) for cell in self.cells):
-            cells = [cell for cell in self.cells if (cell.task, cell.metric, cell.column) == first]
-            task, metric, column = first
-            parts.append(f"## {task}: {metric}, {column}\n\n{arms_table(cells, self.level)}\n{self.power(cells)}\n")
-        return "\n".join(parts)
+        return "\n".join(
+            f"## {task}: {metric}, {column}\n\n{arms_table(cells, self.level)}\n{self.power(cells)}\n"
+            for (task, metric), columns in self.groups().items()
+            for column, cells in columns.items()
+        )
 
     def power(self, cells: Sequence[Cell]) -> str:
         """A sentence on what could have been seen among the arms of one column and measure."""
@@ -111,20 +128,18 @@ def arms_table(cells: Sequence[Cell], level: float) -> str:
     """Markdown: a row an arm."""
     lines = [f"| arm | mean | difference | {1 - level:.0%} interval | verdict |", "| --- | ---: | ---: | ---: | --- |"]
     for cell in cells:
-        mean, low, _ = interval(cell.values)
-        error = None if math.isnan(low) else _error(cell.values)
         found = cell.against
         judged = ["", "", "baseline"]
         if found:
             judged = [number(found.difference, 3), f"{number(found.low, 3)} … {number(found.high, 3)}", found.word]
-        lines.append("| " + " | ".join([cell.arm.replace("|", "\\|"), plus_minus(mean, error), *judged]) + " |")
+        lines.append("| " + " | ".join([cell.arm.replace("|", "\\|"), cell.mean(), *judged]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def make_comparison(
+def measured(
     settings: Mapping[str, Any], results: Mapping[str, dict[str, Any]], trainings: Mapping[str, dict[str, Any]]
-) -> Comparison:
-    """Compare the arms.
+) -> tuple[dict[str, list[float]], list[bool], dict[str, dict[str, float]]]:
+    """What `judge` needs, as plain numbers.
 
     Args:
         settings: arms (the first is the baseline), columns, seeds, measures, level.
@@ -134,13 +149,6 @@ def make_comparison(
     Raises:
         UserError: a task has no such metric, or does not say whether more of it is better, or its conditions differ.
     """
-    return judge(settings, *measured(settings, results, trainings))
-
-
-def measured(
-    settings: Mapping[str, Any], results: Mapping[str, dict[str, Any]], trainings: Mapping[str, dict[str, Any]]
-) -> tuple[dict[str, list[float]], list[bool], dict[str, dict[str, float]]]:
-    """What `judge` needs, as plain numbers; see `make_comparison`."""
     seeds = range(len(settings["seeds"]))
     values: dict[str, list[float]] = {}
     work: dict[str, dict[str, float]] = {}
@@ -167,7 +175,7 @@ def judge(
     """Compare arms by their numbers.
 
     Args:
-        settings: see `make_comparison`.
+        settings: see `measured`.
         values: "<column>.<arm>.<measure>" → one value a seed.
         higher: of each measure, whether more is better.
         work: "<column>.<arm>" → figures of its trainings.

@@ -9,14 +9,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline_lib.reporting.collect import Collected, Result, Training
+from pipeline_lib.reporting.budget_curves import panels, unit_of
+from pipeline_lib.reporting.collect import Collected, Compared, Result, Training
+from pipeline_lib.reporting.comparison import WORK
 from pipeline_lib.reporting.numbers import Measured, count, label, main_metric, number
 from pipeline_lib.reporting.plots import Picture, metric_bars, training_curves
 from pipeline_lib.reporting.sweep_plots import sweep_pictures
+from pipeline_lib.reporting.switches import as_published
 
 
 def draw(collected: Collected) -> dict[str, list[Picture]]:
-    """All plots: `training`, `task:<task>`, `sweep:<name>`."""
+    """All plots: `training`, `task:<task>`, `sweep:<name>`, `comparison:<name>`."""
     pictures: dict[str, list[Picture]] = {}
     for unit in ("tokens", "steps"):
         curves = {name: t.curve for name, t in collected.trainings.items() if t.unit == unit and len(t.curve) > 1}
@@ -30,6 +33,10 @@ def draw(collected: Collected) -> dict[str, list[Picture]]:
     for name, table in collected.sweeps.items():
         metric = table.main_metric(collected.favourites)
         pictures[f"sweep:{name}"] = sweep_pictures(table, metric, f"sweep-{name}")
+    for name, compared in collected.comparisons.items():
+        if compared.curves:
+            unit = unit_of(cell.work for cell in compared.made.cells)
+            pictures[f"comparison:{name}"] = [panels(compared.curves, unit, f"comparison-{name}")]
     return pictures
 
 
@@ -48,6 +55,7 @@ def render(collected: Collected, pictures: dict[str, list[Picture]]) -> str:
         data=collected,
         tiles=_tiles(collected),
         experiments=[_experiment(collected, name) for name in collected.experiments],
+        comparisons={name: _comparison(compared) for name, compared in collected.comparisons.items()},
         tasks={task: _task(results, collected.favourites) for task, results in collected.tasks().items()},
         pictures={key: [(Markup(p.inline), p.caption) for p in found] for key, found in pictures.items()},
         provenance=[_provenance(result) for result in collected.results],
@@ -91,6 +99,25 @@ def _model(training: Training | None) -> str:
     if model["family"] == "local":
         return f"local {model['content'][:6]}"
     return f"{model['family']} {model['layers']} × {model['dim']}"
+
+
+def _comparison(compared: Compared) -> dict[str, Any]:
+    made = compared.made
+    measures = []
+    for (task, metric), columns in made.groups().items():
+        cells = list(columns.values())
+        rows = [{"arm": row[0].arm, "cells": row} for row in zip(*cells, strict=True)]
+        power = {column: made.power(own) for column, own in columns.items()}
+        measures.append({"task": task, "metric": metric, "columns": list(columns), "rows": rows, "power": power})
+    first = next(iter(made.groups().values()))
+    work = [(column, cell.arm, cell.work) for column, cells in first.items() for cell in cells if cell.work]
+    kinds = [kind for kind in WORK if any(kind in figures for *_, figures in work)]
+    ran = [
+        (whose, switch, value, as_published(switch, value))
+        for whose, switches in compared.ran.items()
+        for switch, value in switches.items()
+    ]
+    return {"measures": measures, "seeds": made.seeds, "level": made.level, "work": work, "kinds": kinds, "ran": ran}
 
 
 def _task(results: list[Result], favourites: list[str]) -> dict[str, Any]:

@@ -42,13 +42,19 @@ def training_curves(
 ) -> Picture:
     """Loss over `unit` (tokens or steps); curves: experiment → [(x, loss in nats per token)]."""
     drawn, axes = figure(WIDTH, 4.2)
-    for index, (name, points) in enumerate(curves.items()):
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, label=name, color=SERIES[index % MAX_SERIES], linewidth=1.6, linestyle=_dash(index))
-    style(axes, unit, f"{what} (nats per token)")
-    axes.xaxis.set_major_formatter(_engineering())
+    draw_curves(axes, curves, unit, what)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=1 + len(curves) // 6)
     return picture(drawn, what.replace(" ", "-"), f"{what.capitalize()} over {unit}.")
+
+
+def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, what: str) -> None:
+    """Lines, each with the colour and dashes of its place; a name without points keeps its place for others."""
+    for index, (name, points) in enumerate(curves.items()):
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, label=name, color=SERIES[index % MAX_SERIES], linewidth=1.6, linestyle=_dash(index))
+    style(axes, unit, f"{what} (nats per token)")
+    axes.xaxis.set_major_formatter(_engineering())
 
 
 def metric_bars(metric: str, arms: Mapping[str, Mapping[str, Measured]], name: str) -> Picture:

@@ -16,6 +16,7 @@ from pipeline_lib.artifacts import store, views
 from pipeline_lib.artifacts.files import read_json, write_json
 from pipeline_lib.artifacts.locks import is_held, try_hold
 from pipeline_lib.artifacts.progress import say
+from pipeline_lib.config.comparisons import outline
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.nodes import Node, execution_path, spec_path
 from pipeline_lib.config.plan import Plan
@@ -43,7 +44,10 @@ def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> P
                 and argument.startswith("results/")
                 and not argument.startswith(("results/store/", "results/logs/"))
             ):
-                plan.view(argument)
+                node, _ = plan.view(argument)
+                name = Path(argument).stem
+                if node.stage == "table" and name in plan.config.comparisons:
+                    say(outline(name, plan.config.comparisons[name]))
     except UserError as error:
         sys.exit(f"errata: {error}")
     return plan

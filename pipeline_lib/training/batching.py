@@ -1,13 +1,16 @@
-"""How a global batch is shared out over ranks and micro-batches, without changing what is trained."""
+"""How a global batch is shared out over ranks and micro-batches, without changing what is trained; rows of batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.config.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline_lib.training.hooks import Batch
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,20 @@ def micro_seed(seed: int, step: int, first: int) -> int:
     """
     digest = hashlib.sha256(f"micro-batch/{seed}/{step}/{first}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def length(batch: Batch) -> int:
+    """Sequences of a batch."""
+    return len(batch["input_ids"])
+
+
+def rows_of(batch: Batch, first: int, count: int) -> Batch:
+    """Rows first … first+count-1."""
+    return {name: tensor[first : first + count] for name, tensor in batch.items()}
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch after another."""
+    import torch
+
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

@@ -13,7 +13,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.registry import METHODS
 from pipeline_lib.models.blocks import blocks, only
 from pipeline_lib.training import distributed
-from pipeline_lib.training.batching import micro_seed
+from pipeline_lib.training.batching import joined, length, micro_seed, rows_of
 from pipeline_lib.training.budget import flops
 from pipeline_lib.training.build import autocast
 from pipeline_lib.training.flops import forward_parts
@@ -22,6 +22,7 @@ from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.masking import TextHooks
 from pipeline_lib.training.meter import Meter
 from pipeline_lib.training.methods import Method
+from pipeline_lib.training.optimizers import decay_groups, decayed
 from pipeline_lib.training.schedules import budget_lr_factor
 from pipeline_lib.training.settings import option
 from pipeline_lib.training.work import Price, Work
@@ -238,28 +239,14 @@ class CramHooks(TextHooks):
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of the method that brings one, or AdamW."""
-        matrices, others = self._decayed()
+        matrices, others = decayed(self.loop.model, self.settings.decay_norms)
         for method in self.methods:
             found = method.optimizer(matrices, others)
             if found is not None:
                 return found
         recipe = self.settings
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
-        )
-
-    def _decayed(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(parameters that decay, those that do not)."""
-        groups: tuple[list[Tensor], list[Tensor]] = [], []
-        for name, parameter in self.loop.model.named_parameters():
-            if parameter.requires_grad:
-                decays = "bias" not in name if self.settings.decay_norms else parameter.ndim >= 2
-                groups[not decays].append(parameter)
-        return groups
+        groups = decay_groups(matrices, others, recipe.weight_decay)
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
 
     def after_step(self, loop: Loop, step: int) -> None:
         """Stop the clock; let the methods act; measure the validation loss where it is due."""
@@ -277,7 +264,7 @@ class CramHooks(TextHooks):
         due = int(self.spent() / every)
         if due > self._valid_at or self.progress(step) >= 1:
             self._valid_at = due
-            self.loop.figures["valid_loss"] = self.valid_loss(step)
+            self.loop.figures["valid_loss"], self.loop.worth_a_line = self.valid_loss(step), True
 
     def valid_loss(self, step: int) -> float:
         """Mean loss of the validation split's first sequences, masked alike in every training; it costs nothing."""
@@ -319,18 +306,3 @@ class CramHooks(TextHooks):
         for number, (method, more) in enumerate(zip(self.methods, values["methods"], strict=True)):
             mark = f"{number}/"
             method.load({name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}, more)
-
-
-def length(batch: Batch) -> int:
-    """Sequences of a batch."""
-    return len(batch["input_ids"])
-
-
-def rows_of(batch: Batch, first: int, count: int) -> Batch:
-    """Rows first … first+count-1."""
-    return {name: tensor[first : first + count] for name, tensor in batch.items()}
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch after another."""
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

@@ -29,8 +29,9 @@ from pipeline_lib.training.batching import Sharing, micro_seed
 from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.clipping import WeightClipping
+from pipeline_lib.training.gradients import gradient_norm, not_finite
 from pipeline_lib.training.hooks import Hooks, refuse_loop_hooks
-from pipeline_lib.training.loop import gradient_norm, not_finite, resumable
+from pipeline_lib.training.loop import resumable
 from pipeline_lib.training.losses import count_targets
 from pipeline_lib.training.memory import peak_memory
 from pipeline_lib.training.metrics import MetricsLog

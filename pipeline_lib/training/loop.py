@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import Stopped, UserError
@@ -27,6 +26,7 @@ from pipeline_lib.training.batching import Sharing, micro_seed
 from pipeline_lib.training.build import apply_transform, autocast, initial_model, save_memory
 from pipeline_lib.training.checkpoints import agreed_newest, checkpoint_name, prune, seal
 from pipeline_lib.training.clipping import WeightClipping
+from pipeline_lib.training.gradients import gradient_norm, not_finite
 from pipeline_lib.training.hooks import Batch
 from pipeline_lib.training.loss_scale import LossScale
 from pipeline_lib.training.memory import peak_memory
@@ -60,6 +60,7 @@ class Loop:
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
         figures: what hooks add to the next line of the log.
+        worth_a_line: set by a hook whose figures belong to this very step; the log gets a line of it.
     """
 
     def __init__(self, job: Job) -> None:
@@ -85,6 +86,7 @@ class Loop:
         self.kept: Activations | None = None
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
         self.figures: dict[str, float] = {}
+        self.worth_a_line = False
         self._resume()
 
     def _shards(self) -> BatchLoader:
@@ -140,13 +142,13 @@ class Loop:
         while self.hooks.progress(self.step) < 1:
             rate, norm = self._optimizer_step()
             done = self.hooks.progress(self.step) >= 1
-            if self.step % log_every == 0 or done:
+            if self.step % log_every == 0 or done or self.worth_a_line:
                 now = time.monotonic()
                 figures = {"loss": self.loss, "lr": rate, "grad_norm": norm, "tokens": self.tokens}
                 speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
                 last_time, last_tokens = now, self.tokens
                 figures |= self.figures
-                self.figures = {}
+                self.figures, self.worth_a_line = {}, False
                 if log:
                     log.log(self.step, **figures, tokens_per_s=speed, **self._memory())
             stopping = stop.agreed() and not done
@@ -282,33 +284,3 @@ def shard(model: nn.Module, device: torch.device) -> None:
             # The loss is divided by the targets of all ranks already. Gloo has no scaled sum, so sum plainly.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
-
-
-def gradient_norm(model: nn.Module, limit: float | None, scale: float = 1.0) -> float:
-    """Global L2 norm of the gradient; gradients are scaled down to `limit` where they exceed it.
-
-    Args:
-        scale: what the loss was multiplied by; the gradients are divided by it, unless they overflowed.
-    """
-    at_most = math.inf if limit is None or scale != 1.0 else limit
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), at_most)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if scale == 1.0:
-        return norm
-    norm = norm / scale
-    if math.isfinite(norm):
-        factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor / scale)
-    return norm
-
-
-def not_finite(step: int, loss: float, norm: float) -> UserError:
-    """The error for a training that has gone astray; its last checkpoint is from before."""
-    return UserError(
-        f"training diverged: the loss or its gradient is not finite in step {step + 1}",
-        value=f"loss {loss}, gradient norm {norm}",
-        allowed="finite numbers",
-        fix="lower lr or the transform's error rate, or set a threshold that zeroes extreme values",
-    )

@@ -9,9 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOPHIA_EPS = 1e-15
+
+
+def decayed(model: nn.Module, norms: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """(trained parameters that decay, those that do not): matrices do; with `norms` all but biases, as published."""
+    groups: tuple[list[Tensor], list[Tensor]] = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = "bias" not in name if norms else parameter.ndim >= 2
+            groups[not decays].append(parameter)
+    return groups
 
 
 def decay_groups(matrices: list[Tensor], others: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:

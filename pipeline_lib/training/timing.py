@@ -29,7 +29,7 @@ from pipeline_lib.training.losses import IGNORED
 from pipeline_lib.training.masking import TextHooks, logits_at
 from pipeline_lib.training.settings import option
 
-REPEATS, LEAST_REPEATS, SECONDS = 15, 2, 45.0
+REPEATS, LEAST_REPEATS, SECONDS = 15, 2, 35.0
 """Of each pass, after one that warms up; fewer when all passes together would take longer than SECONDS."""
 MOST_SEQUENCES = 128
 KINDS = ("train", "forward", "hessian")

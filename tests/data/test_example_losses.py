@@ -119,8 +119,10 @@ def test_the_prepared_dataset_proves_it(tokens: Path, tmp_path: Path, capsys: py
     """All sequences of the stream, the last one too, which training leaves out for want of a next token."""
     import datasets
 
-    text = TokenShards(tokens, "train").read(0, 75 * SEQ_LEN).astype(np.int64).reshape(75, SEQ_LEN)
-    prepared = datasets.Dataset.from_dict({"input_ids": text.tolist()})
+    shards = TokenShards(tokens, "train")  # as docs/efficient-training.md tells users to
+    rows = shards.read(0, shards.n_tokens // SEQ_LEN * SEQ_LEN).reshape(-1, SEQ_LEN)
+    prepared = datasets.Dataset.from_dict({"input_ids": rows.astype("int64")})
+    assert len(prepared) == 75
     prepared.save_to_disk(str(tmp_path / "prepared"))
     folder, out = write(tmp_path / "pickles", values(75)), tmp_path / "out"
     given = (folder, tokens, "--seq-len", SEQ_LEN, "--out", out, "--dataset")

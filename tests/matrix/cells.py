@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pipeline_lib.config.experiments import Experiments
 from pipeline_lib.config.load import load_config
 from pipeline_lib.config.models import ARCHITECTURES
-from pipeline_lib.config.registry import RECIPES, TRANSFORMS
+from pipeline_lib.config.registry import METHODS, RECIPES, TRANSFORMS
 from tests.conftest import ROOT
 
 STEPS = 3
@@ -27,11 +30,20 @@ BUDGET = {
     "reset_every": 1,
     "reset_warmup": 0,
 }
+SMALL: dict[str, dict[str, Any]] = {
+    "layer-stacking": {"initial_layers": 1, "at": [0.5]},
+    "layer-dropping": {"group": 2},
+    "selective-backprop": {"candidates": 4},
+    "rho-loss": {"mega_batch": 8},
+    "sophia-g": {"hessian_sequences": 4, "hessian_every": 2},
+}
+"""Settings of methods whose defaults are too large for it."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination. `transform`: plain, a name, or a composition a+b. `variant`: one that the recipe declares, or ""."""
+    """A combination. `transform`: plain, a name, or a composition a+b. `variant`: one that the recipe declares, a
+    method of it, or ""."""
 
     recipe: str
     family: str
@@ -66,9 +78,14 @@ class Cell:
 
 def presets() -> dict[str, dict[str, Any]]:
     """Transforms with their settings: those of config.yaml, and what else is registered, as it is by default."""
-    listed = load_config(ROOT / "config.yaml").transforms
+    listed = _listed(ROOT)
     types = {values.get("type", name) for name, values in listed.items()}
     return {**listed, **{name: {} for name in TRANSFORMS.names() if name not in types}}
+
+
+@functools.cache
+def _listed(root: Path) -> dict[str, dict[str, Any]]:
+    return load_config(root / "config.yaml").transforms
 
 
 def compositions() -> list[str]:
@@ -91,10 +108,24 @@ def cells() -> list[Cell]:
     ]
 
 
+def method_cells(transforms: Sequence[str] = ("plain",)) -> list[Cell]:
+    """Every efficient-training method of recipe cram, alone."""
+    return [
+        Cell("cram", family, transform, method)
+        for method in METHODS.names()
+        for family in ARCHITECTURES
+        for transform in transforms
+    ]
+
+
 def recipe_settings(recipe: str, variant: str = "") -> dict[str, Any]:
     """A tiny budget, as far as the recipe has one, and what makes the variant."""
     module = RECIPES.load(recipe)
-    own = module.VARIANTS[variant] if variant else {}
+    own: dict[str, Any] = {}
+    if variant in METHODS.names():
+        own = {"methods": [{variant: SMALL.get(variant, {})}]}
+    elif variant:
+        own = module.VARIANTS[variant]
     return {**{key: value for key, value in BUDGET.items() if key in module.Settings.model_fields}, **own}
 
 
@@ -114,6 +145,8 @@ def experiment(cell: Cell) -> dict[str, Any]:
     entry: dict[str, Any] = dict.fromkeys(needs, f"base.{cell.family}")
     if "from" not in entry:
         entry["model"] = cell.family
+    if cell.variant in METHODS.names() and "losses" in getattr(METHODS.load(cell.variant), "NEEDS", ()):
+        entry["losses"] = f"judge.{cell.family}"
     return {**entry, "transform": cell.transform, "recipe": {cell.recipe: recipe_settings(cell.recipe, cell.variant)}}
 
 
@@ -128,10 +161,12 @@ def config(chosen: list[Cell]) -> dict[str, Any]:
         recipe = from_scratch(family)
         entry = {"model": family, "transform": "plain", "recipe": {recipe: recipe_settings(recipe)}, "seed": 5}
         bases[f"base.{family}"] = entry
+        bases[f"judge.{family}"] = {**entry, "recipe": {"cram": recipe_settings("cram")}, "dataset": "others"}
     return {
         "tokenizers": {"words": {"train": {"dataset": "words", "vocab_size": 300}}},
         "datasets": {
-            "words": {"source": {"type": "local", "path": "data/*.jsonl"}, "split": {"valid": 0.2, "test": 0.2}}
+            "words": {"source": {"type": "local", "path": "data/*.jsonl"}, "split": {"valid": 0.2, "test": 0.2}},
+            "others": {"source": {"type": "local", "path": "data/*.jsonl"}, "seed": 1},
         },
         "models": models,
         "transforms": presets(),

@@ -22,7 +22,9 @@ import transformers.trainer  # noqa: F401
 
 from pipeline_lib.artifacts.provenance import commit
 from pipeline_lib.evaluation import sequences  # noqa: F401
-from pipeline_lib.stages import assets, convert, dataset, evaluate, result, runner, teacher, tokenizer, tokens, train  # noqa: F401
+from pipeline_lib.stages import (
+    runner,
+)
 from pipeline_lib.training import hf, loop  # noqa: F401
 from pipeline_lib.training.titan import device
 

@@ -20,17 +20,19 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.experiments import Experiments
 from pipeline_lib.config.load import load_config
 from pipeline_lib.config.nodes import Node
+from pipeline_lib.config.plan import Plan
 from pipeline_lib.config.registry import TRANSFORMS, Registry
 from pipeline_lib.config.schema import Config
 from tests.matrix import cells as listed
 from tests.matrix.bench import Bench
-from tests.matrix.cells import STEPS, TASK, Cell, cells, config, experiment
+from tests.matrix.cells import STEPS, TASK, Cell, cells, config, experiment, method_cells
 
 pytestmark = pytest.mark.slow
 
 Count = Callable[[str, Any], None]
 SENSIBLE = [cell for cell in cells() if not cell.reason]
 REFUSED = [cell for cell in cells() if cell.reason]
+METHODS = [cell for cell in method_cells() if cell.family in ("llama", "bert")]
 
 
 def open_bench(root: Path, chosen: list[Cell], path: str = "") -> Iterator[Bench]:
@@ -46,7 +48,7 @@ def open_bench(root: Path, chosen: list[Cell], path: str = "") -> Iterator[Bench
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    yield from open_bench(tmp_path_factory.mktemp("matrix"), SENSIBLE)
+    yield from open_bench(tmp_path_factory.mktemp("matrix"), SENSIBLE + METHODS)
 
 
 @pytest.mark.parametrize("cell", SENSIBLE, ids=lambda cell: cell.name)
@@ -72,6 +74,27 @@ def run_cell(cell: Cell, bench: Bench, count: Count) -> None:
     assert bench.ask("reload", log="reload.log", **arguments) == 0, (bench.root / "reload.log").read_text()[-4000:]
     evaluate(cell, bench, count)
     count("run", cell.name)
+
+
+@pytest.mark.parametrize("cell", METHODS, ids=lambda cell: cell.name)
+def test_a_method(cell: Cell, bench: Bench, record_property: Count) -> None:
+    """Trained, killed and resumed; its weights are exported and evaluated as any other's."""
+    trained = bench.checkpoint(cell).inputs["train"]
+    bench.make(trained)
+    assert_survives_a_kill(cell, bench, trained)
+    record_property("run", cell.name)
+
+
+def test_every_method_is_planned_with_every_transform_and_family() -> None:
+    """What the recipe refuses of them it refuses without a method, too."""
+    every = sorted({cell.transform for cell in cells()})
+    planned = [cell for cell in method_cells(every) if not cell.reason]
+    assert len(planned) > 100
+    resolver = Plan(Config(**config(planned))).resolver
+    for cell in planned:
+        method = resolver.experiments.get(cell.name).recipe.semantic()["methods"]
+        assert [one["type"] for one in method] == [cell.variant]
+        assert [one["type"] for one in resolver.experiments.get(cell.name).transform] == cell.types
 
 
 def assert_survives_a_kill(cell: Cell, bench: Bench, trained: Node) -> None:

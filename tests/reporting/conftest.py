@@ -102,6 +102,33 @@ class Store:
         table.run(Job("table", name, "f" * 64, settings, inputs, self.root / "work", out))
         self.inputs[f"table:{name}"] = sealed(self.root, "table", name, settings, {}, out)
 
+    def comparison(self, name: str, arms: list[str], column: str) -> None:
+        """Arms at seeds 3, 4, 5; each 0.5 nats better than the one before."""
+        settings = {
+            "arms": arms, "columns": [column], "seeds": [3, 4, 5], "level": 0.05,
+            "measures": [{"task": "held-out", "metric": "loss", "delta": 0.1}],
+        }  # fmt: skip
+        inputs, out = {}, self._out()
+        said = {"higher_is_better": {"": {"loss": False}}}
+        for a in range(len(arms)):
+            for s in range(3):
+                cell, losses = f"0.{a}.{s}", [5.0 - 0.5 * a + 0.01 * (s + a * s % 2)]
+                one = {"task": {"type": "validate", "average": "targets"}, "conditions": said}
+                one |= {"metrics": {"loss": {**summarise(losses), "sampling_stderr": None}}}
+                inputs[f"result:{cell}.0"] = self.root / "cells" / f"result-{cell}"
+                write_json(inputs[f"result:{cell}.0"] / "result.json", {"result": {"clean": one}})
+                trained = self.root / "out-of-a-cell"
+                rows = [{"kind": "train", "layers": 4, "sequences": 1234, "charged": True}]
+                write_json(trained / "train.json", {"result": {"steps": 77, "work": rows}})
+                lines = [{"loss": 6.0 - x, "spent": x, "valid_loss": 6.0 - x - a} for x in (0.5, 1.0)]
+                log = "".join(json.dumps(line) + "\n" for line in lines)
+                write_bytes(trained / "log" / "metrics.jsonl", log.encode())
+                methods = [{"type": "sophia-g", "hessian": "published"}] if a else []
+                recipe = {"recipe": {"type": "cram", "methods": methods}}
+                inputs[f"train:{cell}"] = sealed(self.root, "train", f"cell-{cell}", recipe, {}, trained)
+        table.run(Job("table", name, "f" * 64, settings, inputs, self.root / "work", out))
+        self.inputs[f"comparison:{name}"] = sealed(self.root, "table", f"compared-{name}", settings, {}, out)
+
     def sweep(self, name: str, columns: list[str], points: list[tuple[list[Any], list[float]]]) -> None:
         inputs, out = {}, self._out()
         for index, (_, values) in enumerate(points):
@@ -131,6 +158,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store.result("bitflip-clean", "bitflip-nano", 455.2, [])
     store.result("bitflip-nano", "bitflip-nano", 455.2, [602.0, 597.5, 611.0, 608.3, 599.9])
     store.table("demo", GRID)
+    store.comparison("methods", ["baseline", "curved"], "6 h")
     p = [0.0, *(2.0**-k for k in range(14, 6, -1))]
     store.sweep("p-frac", ["transform.bitflip.weight.p_frac"], [([v], [412 + v * 2e5, 413 + v * 2.1e5]) for v in p])
     grid = [([x, w], [412 * (1 + 900 * x + 400 * w) ** 1.6] * 2) for x in p[::2] for w in p[::2]]

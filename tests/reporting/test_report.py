@@ -90,12 +90,23 @@ def test_the_page_shows_everything(out: Path) -> None:
     assert "from plain-nano" in words  # an experiment that trains nothing names the training its weights are from
     assert "weight (p_frac 2⁻¹⁰)" in words
     assert "0123456789abcdef" in words
+    for fact in (
+        "5.0100 ± 0.0058",
+        "better −0.497 [−0.511, −0.482]",
+        "seeds 3, 4, 5",
+        "power 80 %",
+        "6 h curved 77.00 1,234 4,936",
+    ):
+        assert fact in words, fact
+    for fact in ("sophia-g: hessian published as published", "decay_norms no repaired", "average targets repaired"):
+        assert fact in words, fact
 
 
 def test_plots_and_tables_lie_beside(out: Path) -> None:
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {"tables/demo.csv", "tables/demo.md", "plots/training-loss.svg", "plots/training-loss.png"} <= names
     assert {"plots/task-pydocs.svg", "plots/sweep-p-frac.svg", "plots/sweep-p-both-map.svg"} <= names
+    assert "plots/comparison-methods.svg" in names, "loss over what was spent"
     for path in (out / "plots").glob("*.svg"):
         root = ElementTree.fromstring(path.read_text())
         assert root.tag.endswith("svg")
@@ -116,6 +127,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     store.train("plain", [], 3.0)
     store.result("plain", "plain", 10.0, [20.0, 21.0])
     store.table("plain", {**GRID, "rows": [HOSTILE], "columns": ["x"], "cells": [["plain"]]})
+    store.comparison("plain", [HOSTILE, f"{HOSTILE}!"], HOSTILE)
     store.sweep("plain", [f"transform.{HOSTILE}"], [([HOSTILE], [3.0]), (["b"], [4.0])])
     inputs = {role.replace("plain", HOSTILE, 1): path for role, path in store.inputs.items()}
     collected = collect({"title": HOSTILE}, inputs)

@@ -81,6 +81,11 @@ def test_validation_and_checkpoints_cost_nothing(bench: Bench) -> None:
     firsts = [line["spent"] for line, a, b in zip(lines(seen), crossed, [0, *crossed], strict=False) if a > b]
     assert at == firsts, "at every crossing, and the last step is one of them"
     assert all(2 < line["valid_loss"] < 6 for line in lines(seen) if "valid_loss" in line)
+    seldom = bench.train("seldom", methods=composed(), valid_every=6e7, execution={"log_every": 1000})
+    found = [(line["step"], line["valid_loss"]) for line in lines(seldom)]
+    assert found == [(line["step"], line["valid_loss"]) for line in lines(seen) if "valid_loss" in line], (
+        "each has a line of its own step, however seldom the log is written"
+    )
 
 
 def test_validation_has_fixed_text_and_masks(bench: Bench) -> None:

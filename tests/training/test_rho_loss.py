@@ -221,12 +221,20 @@ def test_what_the_reference_cannot_price_is_refused_while_planning() -> None:
         ({"rho-loss": {"mega_batch": 3000}}, "mega_batch 3000 is no multiple"),
         ({"sophia-g": {"hessian_sequences": 100}}, "hessian_sequences 100 is no multiple"),
         ({"sophia-g": {"hessian_sequences": 100, "free_updates": True}}, None),
+        ({"selective-backprop": {"candidates": 96}}, "candidates 96 is no multiple"),
+        ({"layer-dropping": {"group": 64}}, "group 64 is no multiple"),
         ("sophia-g", None),
+        ("selective-backprop", None),
+        ("layer-dropping", None),
         ("rho-loss", None),
     ):
         settings = RECIPE(budget={"rst_hours": 6}, methods=[method])
         reason = cram.conflicts(settings, model)
         assert reason is None if message is None else message in str(reason)
+    free = RECIPE(
+        budget={"rst_hours": 6}, methods=[{"selective-backprop": {"candidates": 96}}], track_forward_pass_only=False
+    )
+    assert cram.conflicts(free, model) is None, "what costs nothing needs no price"
 
 
 def test_curvature_costs_a_twentieth() -> None:

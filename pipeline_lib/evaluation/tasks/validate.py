@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = 128
 """Sequences of a published micro-batch."""
+OWN_DATASET = True
+"""Without a dataset of the task's, the experiment's is evaluated on."""
 
 
 class Settings(Base):
     """The text, and the masks, which are alike for every model with the same tokenizer."""
 
     type: Literal["validate"] = "validate"
-    dataset: str = Field(description="one of our datasets")
+    dataset: str | None = Field(None, description="one of our datasets; null: the experiment's own")
     split: Literal["valid", "test"] = Field("valid", description="split of the dataset")
     sequences: int | None = Field(None, ge=2, description="windows of text; null = the whole split")
     seq_len: int = Field(128, ge=2, description="tokens of a window")

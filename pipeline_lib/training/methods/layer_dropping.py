@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.training.budget import unfit_count
 from pipeline_lib.training.methods import Method
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def refuses(settings: Settings, recipe: Any, model: Any) -> str | None:
     """Why it makes no sense, or None."""
     if recipe.global_batch > settings.group and recipe.global_batch % settings.group:
         return f"its group {settings.group} does not divide global_batch {recipe.global_batch}"
-    return None
+    return unfit_count(recipe.budget, "group", min(settings.group, recipe.global_batch))
 
 
 def method(settings: Settings, job: Job) -> Method:

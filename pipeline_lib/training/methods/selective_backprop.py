@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipeline_lib.config.base import Settings as Base
+from pipeline_lib.training.budget import unfit_count
 from pipeline_lib.training.methods import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline_lib.artifacts.job import Job
+    from pipeline_lib.config.schema import Model
     from pipeline_lib.training.hooks import Batch
+    from pipeline_lib.training.recipes.cram import Settings as Recipe
 
 
 class Settings(Base):
@@ -31,6 +34,11 @@ class Settings(Base):
         5000, ge=1, description="losses that a loss is compared with: the last ones, its own among them"
     )
     candidates: int = Field(128, ge=1, description="sequences that are looked at together")
+
+
+def refuses(settings: Settings, recipe: Recipe, model: Model) -> str | None:
+    """The budget must know what looking costs."""
+    return unfit_count(recipe.budget, "candidates", settings.candidates) if recipe.track_forward_pass_only else None
 
 
 def method(settings: Settings, job: Job) -> Method:
