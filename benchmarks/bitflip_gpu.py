@@ -9,7 +9,7 @@ rival's forward where it has the probability. Then, at p = 0.01 where atomics we
 warps and of Philox calls at a time, which change no bit: what the kernel's constants are chosen by. Then a training
 step of 60m and 1.1b of config.yaml, compiled, in bf16, plain and with flips, and its share of the peak of 989 TFLOP/s.
 Rounds are interleaved; figures are medians over rounds. Prints tables and writes benchmarks/bitflip_gpu.json. Without
-a GPU, or without the rival, it refuses.
+a GPU, or without the rival, it refuses, and it measures nothing before the GPU has given the CPU's bits.
 
 Goals from 64 M elements on: 0.9 of clone at p <= 2^-11, 0.8 at 1/2, 0.3 from 0.005 to 0.3, faster than clone in place
 at p <= 2^-11, 15 times the rival at 2^-16; a step with flips at most 1.15 times a plain one.
@@ -41,6 +41,7 @@ PROBABILITIES = (0.5, 0.3, 2**-4, 0.01, 0.005, 2**-10, 2**-11, 2**-13, 2**-16, 2
 THRESHOLD = 30.0
 LARGE = 1 << 26  # elements from which the goals hold
 PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200 SXM
+DEVICE = "cuda"
 CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
 SEQUENCE, BATCH = 2048, {"60m": 16, "1.1b": 4}
 
@@ -74,16 +75,36 @@ def halves(p: float) -> int | None:
     return int(n) if n == int(n) and 1 <= n <= 24 else None
 
 
+def check_same_bits(elements: int = 3 * 8192 + 5) -> None:
+    """What is measured is the stream that the CPU draws: forward, in place, and both ways through the gate.
+
+    Raises:
+        RuntimeError: the kernel gives other bits.
+    """
+    x, key = torch.randn(2, elements).to(torch.bfloat16), torch.tensor(1234)
+    for p in PROBABILITIES:
+        plan, found = plan_for(x.dtype, p), []
+        for device in ("cpu", DEVICE):
+            leaf, own = x.to(device, copy=True).requires_grad_(), key.to(device)
+            gated = flip(leaf, plan, own, threshold=THRESHOLD)
+            (gradient,) = torch.autograd.grad(gated, leaf, leaf.detach())
+            made = [flip(leaf.detach(), plan, own), flip_(leaf.detach().clone(), plan, own), gated.detach(), gradient]
+            found.append(torch.stack(made).view(torch.int16).cpu())
+        if not torch.equal(*found):
+            raise RuntimeError(f"p = {p}: the kernel and the CPU disagree")
+
+
 def contestants(x: Tensor, p: float, theirs: Callable[[Tensor, int], Tensor]) -> dict[str, Callable[[], Any]]:
     """What is timed at one size and probability."""
     plan, key = plan_for(x.dtype, p), torch.tensor(1234, device=x.device)
+    first = torch.zeros_like(key)  # row and element: tensors on the device, as a model's draws are
     leaf, place = x.detach().requires_grad_(), x.clone()
-    gated, upstream = flip(leaf, plan, key, threshold=THRESHOLD), torch.ones_like(x)
+    gated, upstream = flip(leaf, plan, key, first, first, threshold=THRESHOLD), torch.ones_like(x)
     calls: dict[str, Callable[[], Any]] = {
         "clone": x.clone,
-        "forward": lambda: flip(x, plan, key),
-        "in place": lambda: flip_(place, plan, key),
-        "gated": lambda: flip(x, plan, key, threshold=THRESHOLD),
+        "forward": lambda: flip(x, plan, key, first, first),
+        "in place": lambda: flip_(place, plan, key, first, first),
+        "gated": lambda: flip(x, plan, key, first, first, threshold=THRESHOLD),
         "backward": lambda: torch.autograd.grad(gated, leaf, upstream, retain_graph=True),
     }
     n = halves(p)
@@ -155,26 +176,28 @@ def speeds(sizes: list[int], rounds: int, theirs: Callable[[Tensor, int], Tensor
     """All sizes and probabilities."""
     rows = []
     for log2 in sizes:
-        x = torch.randn(1, 1 << log2, device="cuda").to(torch.bfloat16)
+        x = torch.randn(1, 1 << log2, device=DEVICE).to(torch.bfloat16)
         rows += [speed_row(1 << log2, p, interleaved(contestants(x, p, theirs), rounds)) for p in PROBABILITIES]
     return rows
+
+
+SHAPES = tuple((warps, calls) for warps in (1, 2, 4, 8, 16) for calls in (64, 128, 256, 512))
 
 
 def launches(rounds: int) -> list[dict[str, Any]]:
     """At p = 0.01 and 64 M elements: milliseconds by warps of a program and Philox calls at a time."""
     from pipeline_lib.numerics import flip_kernel
 
-    x = torch.randn(1, LARGE, device="cuda").to(torch.bfloat16)
-    out, zero = torch.empty_like(x), torch.zeros((), dtype=torch.int64, device="cuda")
+    x = torch.randn(1, LARGE, device=DEVICE).to(torch.bfloat16)
+    out, zero = torch.empty_like(x), torch.zeros((), dtype=torch.int64, device=DEVICE)
     plan, words = plan_for(x.dtype, 0.01), out.view(torch.int32)[0]
     gates = {"forward": None, "gated": threshold_bits(THRESHOLD, x.dtype)}
 
     def launch(gate: int | None, warps: int, calls: int) -> Callable[[], None]:
         return lambda: flip_kernel.launch(x, out, words, zero, zero, zero, plan, gate, warps=warps, calls=calls)
 
-    shapes = [(warps, calls) for warps in (1, 2, 4, 8, 16) for calls in (64, 128, 256, 512)]
     timed = {
-        name: interleaved({f"{w} {c}": launch(gate, w, c) for w, c in shapes}, rounds) for name, gate in gates.items()
+        name: interleaved({f"{w} {c}": launch(gate, w, c) for w, c in SHAPES}, rounds) for name, gate in gates.items()
     }
     return [
         {
@@ -182,7 +205,7 @@ def launches(rounds: int) -> list[dict[str, Any]]:
             "calls": calls,
             **{f"{name} ms": round(statistics.median(timed[name][f"{warps} {calls}"]), 4) for name in gates},
         }
-        for warps, calls in shapes
+        for warps, calls in SHAPES
     ]
 
 
@@ -226,12 +249,13 @@ def steps(name: str, rounds: int) -> list[dict[str, Any]]:
 
     settings = sizes_of_config(name)
     entry = {"type": "bitflip", **yaml.safe_load(CONFIG.read_text())["transforms"]["bitflip"]}
+    torch.compiler.reset()  # past a number of compilations of one function, compiled models would run uncompiled
     variants = {"plain": [], "bitflip": [entry], "bitflip, shared input": [{**entry, "shared_input": True}]}
-    tokens = torch.randint(0, settings["vocab"], (BATCH[name], SEQUENCE), device="cuda")
+    tokens = torch.randint(0, settings["vocab"], (BATCH[name], SEQUENCE), device=DEVICE)
 
     def trainer(transform: list[dict[str, Any]]) -> Callable[[], None]:
         torch.manual_seed(0)
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model: Any = llama.build(settings)
             model.to(torch.bfloat16)
         applied = apply(model, transform, seed=0, global_batch=BATCH[name])
@@ -265,6 +289,7 @@ def main() -> None:
         theirs = rival()
     except UserError as error:
         raise SystemExit(str(error)) from None
+    check_same_bits()
     rows = speeds(arguments.log2_elements, arguments.rounds, theirs)
     others = {"launches at p = 0.01": launches(arguments.rounds)}
     if not arguments.skip_steps:

@@ -49,9 +49,11 @@ def decode(
 ) -> list[Continuation]:
     """Continue every prompt; in the order given.
 
-    Batches hold prompts of one length only: padding on the left would move positions within the fault streams, and
-    change the arithmetic of attention. Sequence i of the fault streams is prompt i of those sorted by length (stable),
-    so neither its faults nor its random numbers depend on the batch size.
+    A batch goes on from where its shortest prompt ends; the longer ones are given their own next token until theirs do.
+    So nothing is padded, and every token stands where it would alone: padding would move positions within the fault
+    streams. The longest of a batch is at most `max_new_tokens` longer than the shortest, which bounds the passes by
+    twice those of the shortest. Sequence i of the fault streams is prompt i of those sorted by length (stable), so
+    neither its faults nor its random numbers depend on the batch size.
 
     Args:
         subject: a causal language model.
@@ -82,16 +84,13 @@ def decode(
     with Progress("generate", len(prompts), "prompts") as progress:
         first = 0
         while first < len(order):
-            length = len(prompts[order[first]])
-            last = first
-            while last < len(order) and last - first < subject.batch_size and len(prompts[order[last]]) == length:
-                last += 1
-            batch = order[first:last]
+            most_tokens = len(prompts[order[first]]) + max_new_tokens
+            batch = [i for i in order[first : first + subject.batch_size] if len(prompts[i]) <= most_tokens]
             if subject.context is not None:
                 subject.context.begin(0, first)
             _decode_batch(subject, prompts, batch, found, max_new_tokens, sampling)
             progress.update(len(batch))
-            first = last
+            first += len(batch)
     return found
 
 
@@ -112,25 +111,27 @@ def _decode_batch(
     options: dict[str, Any] = {"use_cache": True, "past_key_values": DynamicCache(config=model.config)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    inputs_BT = torch.tensor([prompts[index] for index in batch], device=device)
-    for step in range(max_new_tokens):
+    lengths = [len(prompts[index]) for index in batch]
+    inputs_BT = torch.tensor([prompts[index][: min(lengths)] for index in batch], device=device)
+    for position in range(min(lengths), max(lengths) + max_new_tokens):  # of the token to be chosen
         logits_BV = model(input_ids=inputs_BT, **options).logits[:, -1].float()
         finite_B = torch.isfinite(logits_BV).all(dim=1).tolist()
-        next_B = choose(logits_BV, sampling, batch, step)
-        for index, token, finite in zip(batch, next_B.tolist(), finite_B, strict=True):
+        next_B = choose(logits_BV, sampling, batch, [max(position - length, 0) for length in lengths]).tolist()
+        for row, index in enumerate(batch):
             continuation = found[index]
-            if continuation.finished:
-                continue
-            continuation.not_finite += not finite
-            continuation.finished = token in ends
-            if not continuation.finished:
-                continuation.tokens.append(token)
-        if all(found[index].finished for index in batch):
+            if position < lengths[row]:
+                next_B[row] = prompts[index][position]
+            elif not (continuation.finished or len(continuation.tokens) == max_new_tokens):
+                continuation.not_finite += not finite_B[row]
+                continuation.finished = next_B[row] in ends
+                if not continuation.finished:
+                    continuation.tokens.append(next_B[row])
+        if all(found[index].finished or len(found[index].tokens) == max_new_tokens for index in batch):
             break
-        inputs_BT = next_B[:, None]
+        inputs_BT = torch.tensor(next_B, device=device)[:, None]
 
 
-def choose(logits_BV: Tensor, sampling: Sampling | None, prompts: list[int], step: int) -> Tensor:
+def choose(logits_BV: Tensor, sampling: Sampling | None, prompts: list[int], steps: list[int]) -> Tensor:
     """The next token of each row; [B] int64.
 
     Sampling takes the largest of log-probability + Gumbel noise, which draws from the probabilities exactly (Maddison,
@@ -142,7 +143,7 @@ def choose(logits_BV: Tensor, sampling: Sampling | None, prompts: list[int], ste
         logits_BV: float32.
         sampling: None: the most likely token.
         prompts: what each row's random stream is named after.
-        step: new tokens before this one.
+        steps: of each row, its new tokens before this one.
     """
     lowest = torch.finfo(torch.float32).min
     logits_BV = torch.nan_to_num(logits_BV, nan=lowest)
@@ -153,17 +154,17 @@ def choose(logits_BV: Tensor, sampling: Sampling | None, prompts: list[int], ste
     scores_BK = ((values_BK - values_BK[:, :1]) / sampling.temperature).log_softmax(dim=1)
     p_BK = scores_BK.exp()
     scores_BK = scores_BK.masked_fill(p_BK.cumsum(dim=1) - p_BK >= sampling.top_p, -torch.inf)
-    best_B1 = (scores_BK + _gumbel(sampling.seed, prompts, step, tokens_BK)).argmax(dim=1, keepdim=True)
+    best_B1 = (scores_BK + _gumbel(sampling.seed, prompts, steps, tokens_BK)).argmax(dim=1, keepdim=True)
     return tokens_BK.gather(1, best_B1)[:, 0]
 
 
-def _gumbel(seed: tuple[int, ...], prompts: list[int], step: int, tokens_BK: Tensor) -> Tensor:
+def _gumbel(seed: tuple[int, ...], prompts: list[int], steps: list[int], tokens_BK: Tensor) -> Tensor:
     """Standard Gumbel noise of (seed, prompt, step, token), float64 in the shape of `tokens_BK`."""
     device = tokens_BK.device
     key = site_key(seed[0], "sampling", "/".join(map(str, seed[1:])))
-    k0, k1, tag, at = (torch.tensor(value, device=device) for value in (key & LOW, key >> 32 & LOW, _TAG, step))
-    row_B1 = torch.tensor(prompts, device=device)[:, None]
-    high, low, *_ = philox4x32(tokens_BK, row_B1, at, tag, k0, k1)
+    k0, k1, tag = (torch.tensor(value, device=device) for value in (key & LOW, key >> 32 & LOW, _TAG))
+    row_B1, at_B1 = (torch.tensor(values, device=device)[:, None] for values in (prompts, steps))
+    high, low, *_ = philox4x32(tokens_BK, row_B1, at_B1, tag, k0, k1)
     uniform = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52  # in (0, 1)
     return -torch.log(-torch.log(uniform))
 

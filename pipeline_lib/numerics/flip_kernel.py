@@ -133,7 +133,9 @@ def flip_into_new(
         gradient = gradient.detach().contiguous()
     size = x.numel() * x.element_size()
     words = torch.empty(triton.cdiv(size, 4), dtype=torch.int32, device=x.device)
-    out = words.view(torch.int8)[:size].view(x.dtype).view(x.shape)
+    # A tensor of its own on the memory of the words: autograd lets nobody write to a view that a Function returns.
+    out = torch.empty(0, dtype=x.dtype, device=x.device)
+    out.set_(words.untyped_storage(), 0, x.shape, torch.empty(x.shape, device="meta").stride())
     if x.numel():
         with torch.cuda.device_of(x):
             launch(x, out, words, *(t.to(x.device) for t in (key, row, element)), plan, gate, gradient)

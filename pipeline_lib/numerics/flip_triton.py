@@ -121,7 +121,7 @@ def _tile_of(program, tiles, elements, start, TE: tl.constexpr):
 @triton.jit
 def _load(
     x, first, row, e, low, high, vector, elements, n1, n2, s_row, s0, s1, s2, TE: tl.constexpr, STRIDED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     if STRIDED:
         inside = (e >= low) & (e < high)
@@ -177,7 +177,7 @@ def _flip_kernel(
     vector = (low == 0) & (high == TE) & (first % 16 == 0)
     e = tl.arange(0, TE)
     if (K > 0) or COPY:
-        value = _load(x, first, row, e, low, high, vector, elements, n1, n2, s_row, s0, s1, s2, TE, STRIDED)
+        value = _load(x, first, row, e, low, high, vector, elements, n1, n2, s_row, s0, s1, s2, TE, STRIDED, "")
         value ^= constant.to(x.dtype.element_ty)
         if K > 0:
             value ^= _elements_of(_dense_words(digits, c0, c1, k0, k1, K, TW), BITS, TW).to(x.dtype.element_ty)
@@ -185,7 +185,9 @@ def _flip_kernel(
             if hits == 0:  # the value is final
                 chosen = value
                 if GATE == 2:
-                    chosen = _load(gradient, first, row, e, low, high, vector, elements, 1, 1, 0, 0, 0, 0, TE, False)
+                    chosen = _load(
+                        gradient, first, row, e, low, high, vector, elements, 1, 1, 0, 0, 0, 0, TE, False, ""
+                    )
                 value = _gated(value, chosen, gate, BITS)
         _store(out, first, e, low, high, vector, value)
         tl.debug_barrier()
@@ -203,6 +205,6 @@ def _flip_kernel(
             value = _load(out, first, row, e, low, high, vector, elements, 1, 1, 0, 0, 0, 0, TE, False, ".cg")
             chosen = value
             if GATE == 2:
-                chosen = _load(gradient, first, row, e, low, high, vector, elements, 1, 1, 0, 0, 0, 0, TE, False)
+                chosen = _load(gradient, first, row, e, low, high, vector, elements, 1, 1, 0, 0, 0, 0, TE, False, "")
             tl.debug_barrier()
             _store(out, first, e, low, high, vector, _gated(value, chosen, gate, BITS))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import subprocess
+import inspect
+import itertools
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import bitflip_cpu, bitflip_gpu, report
 from pipeline_lib.config.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
+from pipeline_lib.numerics import flip_kernel
 
 
 def test_the_cpu_benchmark_compares_like_with_like() -> None:
@@ -44,13 +48,11 @@ def test_a_disagreement_stops_the_cpu_benchmark(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_nothing_is_measured() -> None:
-    run = [sys.executable, "-m", "benchmarks.bitflip_gpu"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "torch sees none" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bitflip_gpu"])
+    with pytest.raises(SystemExit, match="torch sees none"):
+        bitflip_gpu.main()
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("found", [None, "0.0.6"])
@@ -104,3 +106,59 @@ def test_the_page_says_what_is_unmeasured(tmp_path: Path, monkeypatch: pytest.Mo
     assert ("unmeasured" in report.page()) == (not (report.FOLDER / "bitflip_gpu.json").exists())
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     assert "unmeasured" in report.page()
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the GPU's benchmark at a size for a CPU, whose clock and uncompiled models stand in."""
+    tiny = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 48, "vocab": 64}
+    sizes = bitflip_gpu.sizes_of_config
+    monkeypatch.setattr(bitflip_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(bitflip_gpu, "LARGE", 1 << 13)
+    monkeypatch.setattr(bitflip_gpu, "SEQUENCE", 16)
+    monkeypatch.setattr(bitflip_gpu, "BATCH", {"60m": 2})
+    monkeypatch.setattr(bitflip_gpu, "sizes_of_config", lambda name: {**sizes(name), **tiny})
+    monkeypatch.setattr(bitflip_gpu, "milliseconds", lambda call: float(call() is None) + 1)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_the_gpu_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, int]] = []
+
+    def launch(
+        x: Tensor, out: Tensor, words: Tensor, *places: Any, warps: int = 4, calls: int = 128, **others: Any
+    ) -> None:
+        bound = inspect.signature(flip_kernel.launch).bind(x, out, words, *places, warps=warps, calls=calls, **others)
+        assert words.data_ptr() == out.data_ptr()
+        assert (words.dtype, 4 * words.numel()) == (torch.int32, out.numel() * out.element_size())
+        assert bound.arguments["plan"].bits == 16
+        launched.append((warps, calls))
+
+    real, written = flip_kernel.launch, {}
+    monkeypatch.setattr(flip_kernel, "launch", functools.wraps(real)(launch))
+    monkeypatch.setattr(bitflip_gpu, "rival", lambda: lambda x, n: x.clone())
+    monkeypatch.setattr(bitflip_gpu, "write", lambda name, figures, rows: written.update(figures, rows=rows))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(sys, "argv", ["bitflip_gpu", "--log2-elements", "12", "13", "--rounds", "1"])
+    bitflip_gpu.main()
+    json.dumps(written)
+    assert len(written["rows"]) == 2 * len(bitflip_gpu.PROBABILITIES)
+    assert [row["goal"] is None for row in written["rows"][: len(bitflip_gpu.PROBABILITIES)]] == [True] * 11
+    assert set(launched) == set(bitflip_gpu.SHAPES)
+    assert len(written["launches at p = 0.01"]) == len(bitflip_gpu.SHAPES) == 20
+    assert [row["variant"] for row in written["training steps"]] == ["plain", "bitflip", "bitflip, shared input"]
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("wrong", ["flip", "flip_"])
+def test_a_disagreement_stops_the_gpu_benchmark(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, drawn = getattr(bitflip_gpu, wrong), itertools.count()
+
+    def other(x: Tensor, plan: Any, key: Tensor, **named: Any) -> Tensor:
+        return original(x, plan, key, next(drawn), **named)  # every call draws another row
+
+    bitflip_gpu.check_same_bits(100)
+    monkeypatch.setattr(bitflip_gpu, wrong, other)
+    with pytest.raises(RuntimeError, match="disagree"):
+        bitflip_gpu.check_same_bits(100)

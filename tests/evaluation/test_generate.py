@@ -81,7 +81,7 @@ def test_tokens_are_drawn_from_what_transformers_would_draw_from(
     warped = TopPLogitsWarper(top_p)(ids, warped) if top_p < 1 else warped
     p_V = warped.softmax(dim=1)[0].double()
     count = 40_000
-    drawn_N = choose(logits_BV.expand(count, -1), Sampling(temperature, top_k, top_p), list(range(count)), 0)
+    drawn_N = choose(logits_BV.expand(count, -1), Sampling(temperature, top_k, top_p), list(range(count)), [0] * count)
     seen_V = torch.bincount(drawn_N, minlength=64).double()
     assert not seen_V[p_V == 0].any()
     often = p_V * count >= 5
@@ -93,11 +93,12 @@ def test_tokens_are_drawn_from_what_transformers_would_draw_from(
 def test_each_prompt_and_token_has_its_own_noise() -> None:
     sampling = Sampling(1.0, None, 1.0)
     flat_BV = torch.zeros(50, 1000)
-    by_prompt = choose(flat_BV, sampling, list(range(50)), 0)
+    by_prompt = choose(flat_BV, sampling, list(range(50)), [0] * 50)
     assert len(set(by_prompt.tolist())) > 40
-    by_step = [int(choose(flat_BV[:1], sampling, [0], step)) for step in range(50)]
+    by_step = choose(flat_BV, sampling, [0] * 50, list(range(50))).tolist()
+    assert by_step == [int(choose(flat_BV[:1], sampling, [0], [step])) for step in range(50)]
     assert len(set(by_step)) > 40
-    assert not torch.equal(choose(flat_BV, Sampling(1.0, None, 1.0, (0, 1)), list(range(50)), 0), by_prompt)
+    assert not torch.equal(choose(flat_BV, Sampling(1.0, None, 1.0, (0, 1)), list(range(50)), [0] * 50), by_prompt)
 
 
 def test_nan_is_never_chosen() -> None:
@@ -105,7 +106,7 @@ def test_nan_is_never_chosen() -> None:
     logits_BV = torch.tensor([[1.0, float("nan"), 2.0], [float("nan")] * 3, [float("inf"), 0.0, -float("inf")]])
     for sampling in (None, Sampling(0.6, 50, 0.9), Sampling(0.6, None, 1.0)):
         for step in range(20):
-            first, broken, infinite = choose(logits_BV, sampling, [0, 1, 2], step).tolist()
+            first, broken, infinite = choose(logits_BV, sampling, [0, 1, 2], [step] * 3).tolist()
             assert first != 1
             assert broken in (0, 1, 2)
             assert infinite == 0
@@ -129,14 +130,40 @@ def test_greedy_is_what_transformers_generates(subject: Subject, checkpoint: Pat
 
 
 def test_faults_of_a_step_are_those_of_one_pass_over_all(subject: Subject) -> None:
-    """Weights keep their flips from token to token (the source draws them anew), activations go on by position."""
-    prompt = subject.tokenizer("the model reads").input_ids
-    [found] = decode(subject, [prompt], 10, None)
-    assert len(found.tokens) == 10
-    subject.context.begin(0, 0)  # type: ignore[union-attr]
-    with torch.no_grad():
-        logits_TV = subject.model(torch.tensor([prompt + found.tokens])).logits[0]  # type: ignore[operator]
-    assert logits_TV[len(prompt) - 1 : -1].argmax(dim=1).tolist() == found.tokens
+    """Weights keep their flips from token to token (the source draws them anew), activations go on by position; also
+    where a batch holds prompts of several lengths."""
+    prompts = [subject.tokenizer(text).input_ids for text in ("the model reads", "the", "bit flips of weight memory")]
+    found = decode(subject, prompts, 10, None)
+    assert len({len(prompt) for prompt in prompts}) == 3
+    for row, index in enumerate(sorted(range(3), key=lambda i: len(prompts[i]))):
+        prompt, tokens = prompts[index], found[index].tokens
+        assert len(tokens) == 10
+        subject.context.begin(0, row)  # type: ignore[union-attr]
+        with torch.no_grad():
+            logits_TV = subject.model(torch.tensor([prompt + tokens])).logits[0]  # type: ignore[operator]
+        assert logits_TV[len(prompt) - 1 : -1].argmax(dim=1).tolist() == tokens
+
+
+@pytest.mark.parametrize(("max_new_tokens", "rows"), [(8, {4}), (2, {3, 1})])
+def test_prompts_of_several_lengths_share_a_batch(
+    max_new_tokens: int, rows: set[int], subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as that at most doubles the passes."""
+    seen: list[int] = []
+    forward = subject.model.forward
+
+    def spy(input_ids: torch.Tensor, **named: Any) -> Any:
+        seen.append(len(input_ids))
+        return forward(input_ids=input_ids, **named)
+
+    prompts = [[5, 6, 7], [5], [5, 6], [5, 6, 7, 8, 9, 10, 11]]
+    alone = [decode(subject, [prompt], max_new_tokens, None)[0] for prompt in prompts[1:2]]
+    monkeypatch.setattr(type(subject.model), "forward", lambda self, **named: spy(**named))
+    found = decode(subject, prompts, max_new_tokens, None)
+    assert set(seen) == rows
+    assert len(seen) <= len(rows) * 2 * max_new_tokens
+    assert found[1] == alone[0]
+    assert all(len(one.tokens) == max_new_tokens or one.finished for one in found)
 
 
 def test_an_end_token_of_the_generation_configuration_ends_a_text(subject: Subject) -> None:

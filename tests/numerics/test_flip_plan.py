@@ -84,3 +84,18 @@ def test_equal_probabilities_need_one_component_and_plans_are_shared() -> None:
     assert len(plan.sparse) == 1
     assert plan is float_plan("float32", 1e-4, 1e-4)
     assert len(float_plan("float32", 1e-4, 1e-3).sparse) == 2
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"), [(2**-24, 8176), (2**-16, 5461), (2**-10, 248), (0.01, 25), (0.5, 8), (0.3, 1)]
+)
+def test_a_mask_takes_few_random_words(p: float, expected: int) -> None:
+    """bf16 elements a Philox call, where earlier kernels take several calls for each element. A tile of 8,192 takes one
+    for each component's count, one for four of its hits, and 1,024 for each dense step."""
+
+    def elements_a_call(p_exp: float, p_frac: float) -> float:
+        plan = float_plan("bfloat16", p_exp, p_frac)
+        return 8192 / (1024 * len(plan.dense) + sum(1 + part.mean / 4 for part in plan.sparse))
+
+    assert round(elements_a_call(p, p)) == expected
+    assert elements_a_call(p, p / 2) > 0.45 * expected, "two groups do not cost twice as much"

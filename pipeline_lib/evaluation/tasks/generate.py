@@ -38,7 +38,7 @@ class Settings(Base):
     prompt_tokens: int = Field(
         16,
         ge=1,
-        description="tokens at the beginning of a document that are its prompt; alike, they run in whole batches",
+        description="tokens at the beginning of a document that are its prompt",
     )
     chat_template: bool = Field(
         False, description="put each prompt as the user's turn into the tokenizer's chat template"
