@@ -59,7 +59,7 @@ class Loop:
         scale: of the loss, where the precision is fp16.
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
-        figures: what hooks add to the next line of the log.
+        figures: what hooks add to the next line of the log; a step with a `valid_loss` has one.
     """
 
     def __init__(self, job: Job) -> None:
@@ -140,7 +140,7 @@ class Loop:
         while self.hooks.progress(self.step) < 1:
             rate, norm = self._optimizer_step()
             done = self.hooks.progress(self.step) >= 1
-            if self.step % log_every == 0 or done:
+            if self.step % log_every == 0 or done or "valid_loss" in self.figures:
                 now = time.monotonic()
                 figures = {"loss": self.loss, "lr": rate, "grad_norm": norm, "tokens": self.tokens}
                 speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
