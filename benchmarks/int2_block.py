@@ -85,6 +85,7 @@ def whole_model() -> list[dict[str, Any]]:
     from pipeline_lib.transforms.int2.store import GroupedStore
 
     found = []
+    sizes: dict[tuple[tuple[int, ...], int], int] = {}  # layers of one shape are of one size
     for bits in (16, 8, 4):
         with torch.device("meta"):
             model: Any = llama.build(LLAMA)
@@ -98,8 +99,11 @@ def whole_model() -> list[dict[str, Any]]:
             weight: Any = at.module.weight
             if id(weight) not in seen and isinstance(functions.store, GroupedStore):
                 seen.add(id(weight))
-                stored = functions.store.encode(weight.detach(), "weight")
-                packed += sum(t.numel() * t.element_size() for t in stored.values()) - 2 * weight.numel()
+                kind = (tuple(weight.shape), functions.store.grid.bits)
+                if kind not in sizes:
+                    stored = functions.store.encode(weight.detach(), "weight")
+                    sizes[kind] = sum(t.numel() * t.element_size() for t in stored.values())
+                packed += sizes[kind] - 2 * weight.numel()
         found.append(
             {"embedding bits": bits, "16-bit MiB": round(total / 2**20, 1), "packed MiB": round(packed / 2**20, 1)}
         )

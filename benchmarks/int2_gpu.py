@@ -13,6 +13,7 @@ and `pip install gemlite` for the rival.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ from pipeline_lib.numerics.packed_linear import packed_linear, reference
 from pipeline_lib.numerics.packing import pack
 
 GOAL_ONE_ROW, NEVER_SLOWER_TO = 2.5, 64
+PROMPT = 64  # tokens in the cache before decoding is timed
+WARM_UPS = 3, 2  # calls before a capture; rounds that are not counted
 Products = list[Callable[[], Tensor]]
 
 
@@ -86,7 +89,7 @@ def captured(functions: list[Callable[[], Any]]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
+        for _ in range(WARM_UPS[0]):
             for function in functions:
                 function()
     torch.cuda.current_stream().wait_stream(stream)
@@ -100,14 +103,14 @@ def captured(functions: list[Callable[[], Any]]) -> Callable[[], None]:
 def timed(replays: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, list[float]]:
     """Microseconds a function of each round: {name: (replay, functions in it)} in turn."""
     found: dict[str, list[float]] = {name: [] for name in replays}
-    for number in range(rounds + 2):  # the first two warm up
+    for number in range(WARM_UPS[1] + rounds):
         for name, (replay, count) in replays.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             replay()
             end.record()
             end.synchronize()
-            if number >= 2:
+            if number >= WARM_UPS[1]:
                 found[name].append(start.elapsed_time(end) * 1e3 / count)
     return found
 
@@ -156,10 +159,11 @@ def decoders(device: str) -> dict[str, Callable[[], Any]]:
             applied.context.begin(0, 0)
         cache = StaticCache(config=model.config, max_cache_len=LLAMA["max_seq_len"])
         with torch.no_grad():
-            model(torch.arange(64, device=device)[None], past_key_values=cache, use_cache=True)
-        token, place = torch.ones(1, 1, dtype=torch.int64, device=device), torch.tensor([[64]], device=device)
+            model(torch.arange(PROMPT, device=device)[None], past_key_values=cache, use_cache=True)
+        token = torch.ones(1, 1, dtype=torch.int64, device=device)
+        place = torch.full((1, 1), PROMPT, device=device)  # its own counter advances with each replay, up to the room
         found[name] = lambda model=model, cache=cache, token=token, place=place: model(
-            token, past_key_values=cache, use_cache=True, position_ids=place, cache_position=place[0]
+            token, past_key_values=cache, use_cache=True, position_ids=place
         )
     return found
 
@@ -173,6 +177,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("int2_gpu measures kernels on a GPU, and this machine has none; on a CPU: benchmarks.int2_cpu")
+    room = LLAMA["max_seq_len"] - PROMPT - sum(WARM_UPS)
+    if not 1 <= arguments.rounds <= room:
+        raise SystemExit(f"--rounds {arguments.rounds}: each decodes a token; 1 to {room} fit into the cache")
+    if not arguments.without_gemlite and importlib.util.find_spec("gemlite") is None:
+        raise SystemExit("the rival is not installed: `pip install gemlite`, or give --without-gemlite")
     cache = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     rows = []
     for shape in dict.fromkeys(SHAPES.values()):

@@ -21,6 +21,12 @@ UNMEASURED = {
 The speed of bit flips on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
 `pip install mase-triton==0.0.7` and then `python -m benchmarks.bitflip_gpu` measure it and write the table here.
 """,
+    "int2_gpu": """## int2_gpu
+
+The speed of packed 2-bit weights on a GPU is unmeasured: no GPU was at hand. On a machine that has one,
+`pip install gemlite` and then `python -m benchmarks.int2_gpu` measure it, say which goals are met and write the table
+here.
+""",
     "optical_gpu": """## optical_gpu
 
 The speed of optical products on a GPU is unmeasured: no GPU was at hand. On a machine that has one,

@@ -155,25 +155,30 @@ def recovery(study: dict[str, Any], perplexity: float) -> float:
     return (rounded - perplexity) / (rounded - teacher)
 
 
-def derive(study: dict[str, Any]) -> dict[str, str]:
-    """The study's page, from its JSON alone."""
+def table(study: dict[str, Any]) -> str:
+    """What each way to 2 bits costs and recovers, as Markdown."""
     rows = [
         ("teacher, 32 bits", study["test"][TEACHER], None),
         ("2 bits, rounded to nearest", study["test"][RTN], recovery(study, study["test"][RTN])),
         ("2 bits, clipped ranges", study["test"][CLIP], recovery(study, study["test"][CLIP])),
     ]
-    table = ["| weights | byte perplexity | recovered |", "| --- | ---: | ---: |"]
-    table += [f"| {name} | {number(value, 5)} | {_percent(back)} |" for name, value, back in rows]
+    lines = ["| weights | byte perplexity | recovered |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {number(value, 5)} | {_percent(back)} |" for name, value, back in rows]
     for loss, runs in study["losses"].items():
         values = [seed["test"] for seed in runs["seeds"]]
         over, back = summarise(values), summarise([recovery(study, value) for value in values])
         shown = plus_minus(float(over["mean"]), over["stderr"])
         spread = "" if back["stderr"] is None else f" ± {100 * back['stderr']:.1f}"
-        table.append(f"| 2 bits, distilled with {loss} | {shown} | {100 * back['mean']:.1f}{spread} % |")
+        lines.append(f"| 2 bits, distilled with {loss} | {shown} | {100 * back['mean']:.1f}{spread} % |")
+    return "\n".join(lines)
+
+
+def derive(study: dict[str, Any]) -> dict[str, str]:
+    """The study's page, from its JSON alone."""
     page = PAGE.format(
         seeds=len(study["seeds"]),
         share=f"{100 * study['share_of_tokens']:.1f}",
-        table="\n".join(table),
+        table=table(study),
         by_seed=_by_seed(study),
         rates=_rates(study),
         speed=_speeds(study),

@@ -264,7 +264,7 @@ class CramHooks(TextHooks):
         due = int(self.spent() / every)
         if due > self._valid_at or self.progress(step) >= 1:
             self._valid_at = due
-            self.loop.figures["valid_loss"], self.loop.worth_a_line = self.valid_loss(step), True
+            self.loop.figures["valid_loss"] = self.valid_loss(step)
 
     def valid_loss(self, step: int) -> float:
         """Mean loss of the validation split's first sequences, masked alike in every training; it costs nothing."""

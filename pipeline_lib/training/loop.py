@@ -59,8 +59,7 @@ class Loop:
         scale: of the loss, where the precision is fp16.
         step: optimizer steps done.
         loss: mean loss of the last step, nats per target; known on every rank.
-        figures: what hooks add to the next line of the log.
-        worth_a_line: set by a hook whose figures belong to this very step; the log gets a line of it.
+        figures: what hooks add to the next line of the log; a step with a `valid_loss` has one.
     """
 
     def __init__(self, job: Job) -> None:
@@ -86,7 +85,6 @@ class Loop:
         self.kept: Activations | None = None
         self.step, self.loss, self.tokens, self.tail = 0, math.nan, 0, Tail(self.settings.steps)
         self.figures: dict[str, float] = {}
-        self.worth_a_line = False
         self._resume()
 
     def _shards(self) -> BatchLoader:
@@ -142,13 +140,13 @@ class Loop:
         while self.hooks.progress(self.step) < 1:
             rate, norm = self._optimizer_step()
             done = self.hooks.progress(self.step) >= 1
-            if self.step % log_every == 0 or done or self.worth_a_line:
+            if self.step % log_every == 0 or done or "valid_loss" in self.figures:
                 now = time.monotonic()
                 figures = {"loss": self.loss, "lr": rate, "grad_norm": norm, "tokens": self.tokens}
                 speed = (self.tokens - last_tokens) / max(now - last_time, 1e-9)
                 last_time, last_tokens = now, self.tokens
                 figures |= self.figures
-                self.figures, self.worth_a_line = {}, False
+                self.figures = {}
                 if log:
                     log.log(self.step, **figures, tokens_per_s=speed, **self._memory())
             stopping = stop.agreed() and not done

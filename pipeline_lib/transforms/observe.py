@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,6 @@ def calibrate(
             state |= own
             report[name] = figures
             progress.update()
-            gc.collect()
     return {name: state[name] for name in sorted(state)}, {name: report[name] for name in functions}
 
 

@@ -85,7 +85,9 @@ def pack(applied: Applied) -> None:
         weight: Any = module.weight
         stored = store.encode(weight.detach(), "weight")
         first = done.setdefault(id(weight), stored)
-        same = first.keys() == stored.keys() and all(torch.equal(first[part], stored[part]) for part in stored)
+        same = first is stored or (
+            first.keys() == stored.keys() and all(torch.equal(first[part], stored[part]) for part in stored)
+        )
         store.hold(first if same else stored, weight.dtype)  # tied weights share their memory
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import int2_block, int2_cpu, int2_gpu
 
@@ -50,16 +52,58 @@ def test_goals() -> None:
     assert not any(int2_gpu.goals([]).values()), "what was not measured is not met"
 
 
+TINY = {"dim": 128, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 128, "vocab": 96, "max_seq_len": 80}
+
+
 def test_decoders_run_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a static cache, as they are captured; the packed one has no float weights left."""
-    tiny = {"dim": 128, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 128, "vocab": 96, "max_seq_len": 80}
-    monkeypatch.setattr(int2_gpu, "LLAMA", tiny)
+    monkeypatch.setattr(int2_gpu, "LLAMA", TINY)
     made = int2_gpu.decoders("cpu")
     with torch.no_grad():
         assert {name: tuple(decode().logits.shape) for name, decode in made.items()} == {
             "bf16": (1, 1, 96),
             "packed": (1, 1, 96),
         }
+
+
+class OffTheDevice(TorchDispatchMode):
+    """Operations that a CUDA graph cannot hold: those that touch host memory. (Values read on the host raise.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        self.seen += [str(function) for tensor in tensors if tensor.device.type == "cpu"]
+        return out
+
+
+@pytest.mark.parametrize("name", ["bf16", "packed"])
+def test_a_token_can_be_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which has no values to look at, a token's pass reads none and makes nothing on the host."""
+    monkeypatch.setattr(int2_gpu, "LLAMA", TINY)
+    decode = int2_gpu.decoders("meta")[name]
+    with torch.no_grad(), OffTheDevice() as off:
+        for _ in range(2):
+            logits = decode().logits
+    assert (logits.device.type, tuple(logits.shape)) == ("meta", (1, 1, 96))
+    assert off.seen == []
+    with OffTheDevice() as off, pytest.raises(RuntimeError):
+        torch.ones(1).to("meta").item()
+    assert off.seen, "the check can fail"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(["--rounds", "2000"], "fit into the cache"), ([], "pip install gemlite")]
+)
+def test_what_cannot_be_measured_is_said_first(given: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(int2_gpu.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["int2_gpu", *given])
+    with pytest.raises(SystemExit, match=message):
+        int2_gpu.main()
 
 
 def test_cpu_ratios() -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.config.schema import Config
-from tests.workflow.clone import TINY
+from tests.workflow.clone import ROOT, TINY
 
 DISTILL = {"distill": {"steps": 4, "seq_len": 16, "global_batch": 4, "data": {"n": 20}}}
 
@@ -99,3 +99,35 @@ def test_errors(entry: dict[str, Any], message: str) -> None:
     made = plan(student={key: value for key, value in entry.items() if value is not None})
     with pytest.raises(UserError, match=message):
         made.resolver.train(made.resolver.experiments.get("student"))
+
+
+READY = {
+    "int2-llama-3.2-1b-instruct": ("ifeval", "instruction", "yahma/alpaca-cleaned"),
+    "int2-llama-guard-3-1b": ("toxicchat", "guard", "lmsys/toxic-chat"),
+}
+
+
+@pytest.mark.parametrize("name", list(READY))
+def test_the_ready_experiments_plan_with_all_that_comes_before(name: str) -> None:
+    """Of config.yaml itself: every stage, the published sampling, ranges searched on the teacher's own answers."""
+    task, template, repo = READY[name]
+    made = Plan.load(str(ROOT / "config.yaml"))
+    made.view(f"results/{name}/{task}.json")
+    stages = {"assets", "tokenizer", "dataset", "teacher", "clip", "train", "convert", "evaluate", "result"}
+    assert {node.stage for node in made.nodes.values()} >= stages
+    train = made.resolver.train(made.resolver.experiments.get(name))
+    teacher, clip = train.inputs["teacher"], train.inputs["clip"]
+    asked = teacher.settings["data"]
+    sampling = {key: asked[key] for key in ("n", "temperature", "max_new_tokens", "seed")}
+    assert sampling == {"n": 3000, "temperature": 0.7, "max_new_tokens": 1024, "seed": 42}
+    assert [prompts["template"] for prompts in asked["prompts"]] == [template]
+    assert teacher.inputs["dataset-0"].settings["source"]["repo"] == repo
+    assert clip.inputs["text"] is teacher
+    assert clip.inputs["init"].id == train.inputs["init"].id == train.inputs["teacher-model"].id
+    recipe = train.settings["recipe"]
+    published = {"loss": "cakld", "lr": 8e-6, "decay": "constant", "global_batch": 16, "valid_share": 0.2}
+    assert {key: recipe[key] for key in published} == published
+    assert recipe["steps"] * recipe["global_batch"] == 3000 * 0.8, "an epoch"
+    [transform] = train.settings["transform"]
+    assert (transform["format"], transform["group_size"], transform["clip"]["grid"]) == ("int2-asym", 128, 20)
+    assert made.resolver.execution(made.resolver.experiments.get(name))["recipe"] == {"valid_every": 25}

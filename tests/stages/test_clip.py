@@ -18,14 +18,14 @@ from pipeline_lib.artifacts.files import read_json
 from pipeline_lib.artifacts.job import Job
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.data.calibration import sequences
-from pipeline_lib.models import llama
+from pipeline_lib.models import bert, llama
 from pipeline_lib.models.checkpoint import load_model, load_transform, save_checkpoint
 from pipeline_lib.stages import clip, convert
 from pipeline_lib.training.build import start_calibrated
 from pipeline_lib.transforms.apply import apply
 from pipeline_lib.transforms.int2 import clip as search_module
 from pipeline_lib.transforms.int2.settings import Clip, Settings
-from pipeline_lib.transforms.observe import calibrated_functions, sampled_inputs
+from pipeline_lib.transforms.observe import calibrate, calibrated_functions, sampled_inputs
 from pipeline_lib.transforms.packed import load_packed
 from pipeline_lib.transforms.state import transform_state
 
@@ -60,7 +60,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 def job(root: Path, inputs: dict[str, Path], **settings: Any) -> Job:
     out = root / "out"
     out.mkdir(parents=True, exist_ok=True)
-    chosen = Settings(**{"group_size": 16, "clip": Clip(samples=40, tokens=50), **settings})
+    chosen = Settings(**{"group_size": 16, "clip": Clip(samples=40, tokens=50, grid=6), **settings})
     return Job("clip", "label", "0" * 64, {"transform": [chosen.semantic()]}, inputs, root / "work", out)
 
 
@@ -80,7 +80,7 @@ def test_it_leaves_ranges_and_a_report(tmp_path: Path, inputs: dict[str, Path]) 
 
 
 def test_fewer_tokens_than_asked_for_are_all_used(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    made = job(tmp_path, inputs, clip=Clip(samples=2))
+    made = job(tmp_path, inputs, clip=Clip(samples=2, grid=6))
     assert made.settings["transform"][0]["clip"]["tokens"] == 512
     clip.run(made)
     assert len(read_json(made.out / clip.REPORT)["result"]["layers"]) == SEARCHED
@@ -137,6 +137,22 @@ def test_layers_are_seen_as_the_exact_model_sees_them(inputs: dict[str, Path]) -
         handle.remove()
     for name, parts in by_hand.items():
         assert torch.allclose(seen[name], torch.cat(parts)[::4], atol=1e-6), name
+
+
+def test_layers_of_an_encoder_are_searched_too(tmp_path: Path) -> None:
+    """No list of one family's blocks: the same four kinds of layers of a BERT, its queries and keys left alone."""
+    torch.manual_seed(0)
+    model = bert.build({**SHAPE, "family": "bert", "max_seq_len": 16, "norm_eps": 1e-5})
+    applied = apply(model, [{"type": "int2", "group_size": 16, "clip": {}}], seed=0)
+    functions = calibrated_functions(applied)
+    applied.remove()
+    seen = sampled_inputs(model, {name: layer for name, (layer, _) in functions.items()}, [torch.arange(12)[None]], 1)
+    state, figures = calibrate(applied, lambda: seen, tmp_path, torch.device("cpu"))
+    kinds = ("attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
+    names = [f"bert.encoder.layer.{layer}.{kind}.transform.store" for layer in range(2) for kind in kinds]
+    assert list(figures) == names
+    assert set(state) == {f"{name}.{side}" for name in names for side in ("minimum", "maximum")}
+    assert all(row["group_error_after"] < row["group_error_before"] for row in figures.values())
 
 
 def test_an_uncalibrated_transform_is_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -236,13 +236,15 @@ def test_training_brings_the_student_nearer_and_validates(tmp_path: Path, inputs
     loop = Loop(given)
     before = loop.hooks.validate(loop)
     loop.hooks.settings = loop.hooks.settings.model_copy(update={"valid_every": 4})
+    given.execution["log_every"] = 5
     with StopRequest(None) as stop:
         loop.train(stop)
     result = read_json(given.out / "train.json")["result"]
     assert before is not None
     assert result["valid_loss"] < before
     lines = [json.loads(line) for line in (given.out / "log" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in lines] == [4, 5, 8, 10, 12]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8, 12], "at the step they belong to"
     assert lines[-1]["valid_loss"] == result["valid_loss"]
     assert result["records"] == {"read": 24, "truncated": result["records"]["truncated"], "left_out": 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -64,8 +65,14 @@ def test_it_finds_the_best_of_a_hundred(name: str, out: int, features: int, size
     found, figures = search(weight, inputs, *given(format=name, group_size=size))
     ranges, errors = searched(weight, inputs, size, name)
     assert figures["group_error_after"] == pytest.approx(float(errors.sum(1).mean()), rel=1e-3, abs=1e-9)
-    same = (found["minimum"] - ranges[..., 0]).abs() + (found["maximum"] - ranges[..., 1]).abs() < 1e-6
-    assert same.float().mean() >= 0.9, "but for near ties, it is the same candidate"
+    for at in itertools.product(range(out), range(errors.shape[1])):
+        low, high = float(found["minimum"][at]), float(found["maximum"][at])
+        if (low, high) == pytest.approx(ranges[at].tolist(), abs=1e-6):
+            continue
+        columns = slice(at[1] * size, (at[1] + 1) * size)
+        change = quantised(weight[at[0], columns], low, high, name) - weight[at[0], columns]
+        error = float((inputs[:, columns].double() @ change.double()).square().mean())
+        assert error == pytest.approx(float(errors[at]), rel=1e-5), "another candidate only where the two tie"
 
 
 def test_the_sides_are_independent() -> None:

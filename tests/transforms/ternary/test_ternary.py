@@ -111,6 +111,27 @@ def test_faults_flip_packed_codes_alike_in_both_forms(packed: bool) -> None:
     assert 0 < (steps.round() != codes).float().mean() < 0.6, "some are wrong"
 
 
+def test_a_flipped_bit_of_a_two_bit_code_moves_one_weight_along_the_grid() -> None:
+    """Digits 0, 1, 2 are -1, 0, +1 and 3 reads as +1: bit b of element i changes that weight, and no other."""
+    layer = linear(bias=False)
+    applied = ternary(nn.Sequential(layer), layout="two_bit")
+    [(_, store)] = packed_sites(applied).values()
+    stored = store.encode(layer.weight.detach(), "weight")
+    whole, scale, seen = store.decode(stored, "weight"), float(stored["scale"]), set()
+    for row, column in ((0, 0), (3, 7), (16, 22), *((5, column) for column in range(12))):
+        digit = int((whole[row, column] / scale).round()) + 1
+        for bit in (0, 1):
+            codes = stored["codes"].clone()
+            codes[row, column // 4] ^= 1 << (2 * (column % 4) + bit)
+            change = store.decode({**stored, "codes": codes}, "weight") - whole
+            steps = min(digit ^ 1 << bit, 2) - digit
+            assert change[row, column] == pytest.approx(steps * scale)
+            change[row, column] = 0
+            assert not change.any()
+            seen.add((digit, bit))
+    assert len(seen) == 6, "every digit and both its bits"
+
+
 def test_autocast_decides_the_dtype() -> None:
     model = nn.Sequential(linear())
     ternary(model)
