@@ -177,9 +177,22 @@ def slurm_options(plan: Plan, workflow: Any, stage: str, node_id: str) -> str:
     if stage == "train" and a_node and resource(plan, stage, node_id, "nodes", 1) > 1:
         options.append(f"--gpus-per-node={a_node}")
     if submits(workflow):
-        waited_for = [job.job for job in _left_behind() if (job.stage, job.id) == (stage, node_id)]
-        options += [f"--dependency=afterany:{job}" for job in waited_for if slurm.is_alive(job)]
+        together = _grouped_with(workflow, stage)
+        waited_for = [job.job for job in _left_behind() if _is_at(job, together, node_id)]
+        alive = [job for job in waited_for if slurm.is_alive(job)]
+        options += [f"--dependency=afterany:{':'.join(alive)}"] if alive else []  # of two such options sbatch takes one
     return " ".join(options)
+
+
+def _grouped_with(workflow: Any, stage: str) -> set[str]:
+    """The stages that share jobs with `stage` (`groups` of the profile), itself among them."""
+    groups = workflow.group_settings.overwrite_groups
+    return {stage} | {other for other, group in groups.items() if group == groups.get(stage)}
+
+
+def _is_at(job: slurm.Orphan, stages: set[str], node_id: str) -> bool:
+    """Whether a job is at an artifact; or may be, where groups come in: all members of a group must get one answer."""
+    return bool(job.stages & stages) and (len(stages) > 1 or job.id in (node_id, None))
 
 
 def submits(workflow: Any) -> bool:
@@ -200,10 +213,17 @@ def _left_behind() -> list[slurm.Orphan]:
 def tell_left_behind() -> None:
     """Say what becomes of jobs that an earlier run submitted."""
     for job in _left_behind():
+        at = f"{'+'.join(sorted(job.stages))} {job.id or '(a group)'}"
         what = f"this run does not need it: `scancel {job.job}` ends it"
-        if f"{store.STORE}/{job.stage}/{job.id}" in _asked:
+        if any(_needs(stage, job.id) for stage in job.stages):
             what = "what this run submits for it waits for its end and adopts its work"
-        say(f"Slurm job {job.job} ({job.state}) of an earlier run is at {job.stage} {job.id}; {what}")
+        say(f"Slurm job {job.job} ({job.state}) of an earlier run is at {at}; {what}")
+
+
+def _needs(stage: str, node_id: str | None) -> bool:
+    """Whether this run asks for an artifact, or where none is named, for any of that stage."""
+    folder = f"{store.STORE}/{stage}/"
+    return f"{folder}{node_id}" in _asked if node_id else any(path.startswith(folder) for path in _asked)
 
 
 def leave_cores_to_the_cluster(workflow: Any) -> None:
