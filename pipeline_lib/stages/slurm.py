@@ -84,7 +84,7 @@ def name_job(experiment: str | None) -> None:
 def requeue() -> None:
     """Put this job back into the queue under its own id, so that stopping in good order costs no retry.
 
-    Not when it was cancelled: somebody wants it to end. Nor at its time limit: a stage that cannot save would never end.
+    Not when it was cancelled: somebody wants it to end. Nor at its limit: a stage that cannot save would never end.
     """
     job = job_id()
     if job is None:
@@ -93,10 +93,11 @@ def requeue() -> None:
     state = re.search(r"\bJobState=(\w+)", shown)
     if state and state[1] == "PENDING":  # preempted: Slurm has put it back itself
         return
-    # What Slurm ends reads COMPLETING, whatever the reason; one that it preempts and does not put back has this time, and
-    # would end as PREEMPTED, for which the executor waits for ever.
-    if not (state and state[1] == "RUNNING") and not re.search(r"\bPreemptTime=\d", shown):
-        say(f"Slurm ends job {job} itself (cancelled, at its limit, or put back by Slurm), so it is not requeued from here")
+    # What Slurm ends reads COMPLETING, whatever the reason. One that it preempts and does not put back has this time:
+    # it would end as PREEMPTED, for which the executor waits for ever.
+    preempted = re.search(r"\bPreemptTime=\d", shown)
+    if not (state and state[1] == "RUNNING") and not preempted:
+        say(f"Slurm ends job {job} (cancelled, at its limit, or to put it back itself): not requeued from here")
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:

@@ -24,6 +24,8 @@ from pipeline_lib.stages import attempts, slurm
 ORCHESTRATOR = store.RESULTS / ".orchestrator.lock"
 HEAL_LIMIT = 3
 STARTED = time.time()
+TOLD_LIMIT = 20
+"""So many failures are told at the end of a run, each with its log and fix."""
 
 
 def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> Plan:
@@ -262,10 +264,28 @@ def begin(workflow: Any) -> None:
         tell_left_behind()
 
 
-def tell_failures() -> None:
+def tell_failures(workflow: Any) -> None:
     """At the end of a failed run: what failed, where its log is, and what to do."""
-    for paragraph in attempts.failures(STARTED):
+    told = attempts.failures(STARTED)
+    if submits(workflow) and not store.requested():
+        told += [attempts.never_begun(*node) for node in _never_begun(workflow)]
+    for paragraph in told[:TOLD_LIMIT]:
         say(paragraph)
+    if len(told) > TOLD_LIMIT:
+        say(f"and {len(told) - TOLD_LIMIT} more")
+
+
+def _never_begun(workflow: Any) -> list[tuple[str, str]]:
+    """(stage, id) of what could be made, since all that it needs is there, and of which no stage said a word."""
+    found = []
+    for job in workflow.dag.needrun_jobs():
+        if job.is_local or not all(os.path.exists(path) for path in job.input):
+            continue
+        artifact = store.STORE / job.rule.name / job.wildcards.id
+        begun = attempts.has_begun(store.work_directory(artifact), STARTED) or is_held(store.lock_file(artifact))
+        if not begun and not (artifact / store.MANIFEST).exists():
+            found.append((job.rule.name, job.wildcards.id))
+    return found
 
 
 def plan_again_if_damage_was_reported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -23,8 +24,8 @@ def test_the_demos_plain_half(slurm: MiniSlurm, tmp_path: Path) -> None:
     said = run.finish(900)
     result = read_json(run.clone.root / target)["result"]
     assert result["clean"]["metrics"]["byte_perplexity"]["mean"] < 6
-    submitted = {line.split("/rule_")[1].split("/")[0] for line in said.splitlines() if "SLURM jobid" in line}
-    assert submitted == {"tokenizer", "tokens", "train", "convert", "evaluate"}
+    submitted = re.findall(r"SLURM jobid \d+ \(log: \S*/logs/slurm/(\w+)/", said)
+    assert sorted(submitted) == ["group_data_tokenizer_tokens", "rule_convert", "rule_evaluate", "rule_train"]
     assert "localrule dataset" in said, "compute nodes need no internet"
     comments = slurm.run("squeue", "-h", "--states=all", "-o", "%Z|%k").splitlines()
     ours = [line.split("|")[1] for line in comments if line.startswith(f"{run.clone.root}|")]
@@ -60,6 +61,9 @@ def test_what_slurm_rejects_is_told_and_the_rest_goes_on(slurm: MiniSlurm, undis
     said = run.finish(ok=False)
     assert "Memory specification can not be satisfied" in said or "Requested node configuration" in said
     assert (run.clone.root / RESULT).exists(), "the other branch goes on"
+    [told] = [line for line in said.splitlines() if line.startswith("errata: ") and "was not begun" in line]
+    assert told.startswith("errata: train pretrain-plain-llama"), "the stage that Slurm refused, and none that needs it"
+    assert "fix:     where Slurm refused it" in said
 
 
 def test_a_failing_stage_names_job_log_and_fix(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
