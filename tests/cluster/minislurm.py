@@ -99,7 +99,7 @@ class MiniSlurm:
     """The cluster whose files are in `folder`."""
 
     folder: Path
-    cpu_nodes: int = 14
+    cpu_nodes: int = 16
     gpu_nodes: int = 2
     port: int = 17000
 

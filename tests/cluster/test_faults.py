@@ -37,7 +37,7 @@ class Outcome:
 
 OUTCOMES = {
     "scancel": Outcome("cpu1", 2, 0, resumed=True, saved=True),
-    "sbatch rejects": Outcome("cpu10", 2, 0, resumed=True, saved=True),
+    "sbatch rejects": Outcome("cpu12", 2, 0, resumed=True, saved=True),
     "node lost": Outcome("spare", 1, 1, resumed=True),
     "slurmd killed": Outcome("cpu3", 1, 0, resumed=False),
     "preempted": Outcome("cpu4", 1, 1, resumed=True, saved=True),

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pipeline_lib.artifacts.files import read_json
-from tests.cluster.minislurm import MiniSlurm
+from tests.cluster.minislurm import MiniSlurm, wait
 from tests.cluster.run import CONFIG, RESULT, Run
 from tests.workflow.clone import ROOT, Clone
 
@@ -76,3 +76,24 @@ def test_a_failing_stage_names_job_log_and_fix(slurm: MiniSlurm, undisturbed: Cl
     told = said[said.index("errata: train pretrain-plain-llama") :]
     for word in (f"refused in Slurm job {job}", "micro_batch", "results/logs/train/pretrain-plain-llama", "fix:"):
         assert word in told, told
+
+
+def test_a_sweep_of_100_jobs_is_queued_at_once_and_cancelled_at_once(
+    slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path
+) -> None:
+    """No job is held back until another has ended, and Ctrl-C leaves none behind."""
+    config = copy.deepcopy(CONFIG)
+    config["sweeps"] = {"seeds": {"experiment": "plain-tiny", "task": "words", "grid": {"seed": list(range(100))}}}
+    run = Run(slurm, tmp_path / "clone", "cpu11", config, undisturbed)
+    slurm.run("scontrol", "update", "PartitionName=cpu11", "State=DOWN")  # takes jobs, and lets them wait
+    try:
+        run.start("results/sweeps/seeds.csv")
+        assert wait(lambda: len(run.jobs_submitted()) == 100 or run.process_ended(), 200), run.said()[-3000:]
+        jobs = run.jobs_submitted()
+        assert {run.state(job) for job in (jobs[0], jobs[-1])} == {"PENDING"}
+        assert run.process is not None
+        run.process.send_signal(2)
+        run.process.wait(120)
+        assert wait(lambda: not set(jobs) & set(slurm.jobs()), 60)
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=cpu11", "State=UP")

@@ -162,6 +162,24 @@ def test_a_new_job_waits_for_all_that_are_at_its_artifact(monkeypatch: pytest.Mo
     }
 
 
+def test_what_an_earlier_run_left_behind_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [
+        slurm.Orphan("7", frozenset(["train"]), "a-0123456789ab", "RUNNING"),
+        slurm.Orphan("8", frozenset(["train"]), "b-0123456789ab", "PENDING"),
+        slurm.Orphan("9", frozenset(["tokenizer", "tokens"]), None, "RUNNING"),
+    ]
+    asked: dict[str, object] = {f"results/store/{path}": None for path in ("train/a-0123456789ab", "tokens/c-00")}
+    monkeypatch.setattr(wiring, "_left_behind", lambda: left)
+    monkeypatch.setattr(wiring, "_asked", asked)
+    wiring.tell_left_behind()
+    one, other, group = capsys.readouterr().err.splitlines()
+    assert "Slurm job 7 (RUNNING) of an earlier run is at train a-0123456789ab; what this run submits" in one
+    assert "train b-0123456789ab; this run does not need it: `scancel 8` ends it" in other
+    assert "job 9 (RUNNING) of an earlier run is at tokenizer+tokens (a group); what this run submits" in group
+
+
 @pytest.mark.parametrize(
     ("state", "code", "alive"), [("RUNNING", 0, True), ("PENDING", 0, True), ("TIMEOUT", 0, False), ("", 1, False)]
 )
