@@ -29,5 +29,5 @@ onstart:
 
 
 onerror:
-    wiring.tell_failures()
+    wiring.tell_failures(workflow)
     wiring.plan_again_if_damage_was_reported()

@@ -74,7 +74,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             slurm.up()
             disturbed = Run(slurm, Path(name) / "disturbed", "cpu", settings)
             start = time.monotonic()
-            disturbed.start(TARGET)
+            disturbed.start("--retries", str(len(kinds)), "--", TARGET)  # each fault may cost one
             rows = [_disturb(disturbed, kind, gap) for kind, gap in zip(kinds, gaps, strict=True)]
             disturbed.finish(1200)
             seconds = time.monotonic() - start
@@ -99,7 +99,7 @@ def _disturb(run: Run, kind: str, gap: int) -> dict[str, Any]:
     """One fault: its row, once the training is beyond the step it was met at."""
     from tests.cluster.faults import FAULTS
 
-    _until(run, run.step() + gap)
+    run.hold(run.step() + gap)
     at, resumed, job = run.step(), len(run.resumed_from()), run.job()
     start = time.monotonic()
     FAULTS[kind](run)

@@ -82,6 +82,24 @@ def failures(since: float) -> list[str]:
     return told
 
 
+def has_begun(work: Path, since: float) -> bool:
+    """Whether the last attempt in a work dir began after `since` (Unix time, s)."""
+    attempt = read(work)
+    return attempt is not None and attempt.started >= since
+
+
+def never_begun(stage: str, node_id: str) -> str:
+    """The paragraph for an artifact whose Slurm job never came to run its stage."""
+    return "\n".join(
+        [
+            f"{stage} {node_id} was not begun: Slurm refused or cancelled its job, or the job ended before its stage",
+            f"  log:     above, under 'Error in rule {stage}'; of jobs that started: {RESULTS / 'logs' / 'slurm'}",
+            "  fix:     where Slurm refused it, compare its resources (run in config.yaml) with slurm/partitions.yaml, "
+            "slurm/profile.yaml and `sinfo`; then give the same command",
+        ]
+    )
+
+
 def _tell(stage: str, node_id: str, attempt: Attempt) -> str:
     ended, fix = {
         RUNNING: (
@@ -89,7 +107,11 @@ def _tell(stage: str, node_id: str, attempt: Attempt) -> str:
             "give the same command; it goes on from its last checkpoint and, as a Slurm job, with more memory "
             "(the first try takes run.mem_mb or run.eval_mem_mb)",
         ),
-        STOPPED: ("stopped in good order", "give the same command; it goes on from its saved state"),
+        STOPPED: (
+            "stopped in good order",
+            "give the same command; it goes on from its saved state (should its time limit have ended it: raise "
+            "run.runtime_min of a training, run.eval_runtime_min of other stages)",
+        ),
         FAILED: ("failed", "see the log; when the cause is gone, give the same command"),
         REFUSED: ("was refused", "mend what the message names, then give the same command"),
     }[attempt.state]

@@ -24,6 +24,8 @@ ENDED = {
 }
 COMMENT = re.compile(r"rule_(?P<stage>[a-z]+)_wildcards_(?P<id>[a-z0-9._+-]+)")
 """How the executor plugin marks its jobs; `name_job` keeps that beginning."""
+GROUP = re.compile(r"rule_(?P<group>[a-z]+)_(?P<stages>[a-z_]+)")
+"""How it marks a job that runs a group of stages: the group's name, and its stages."""
 
 
 def is_here() -> bool:
@@ -82,16 +84,20 @@ def name_job(experiment: str | None) -> None:
 def requeue() -> None:
     """Put this job back into the queue under its own id, so that stopping in good order costs no retry.
 
-    Not when it was cancelled: somebody wants it to end.
+    Not when it was cancelled: somebody wants it to end. Nor at its limit: a stage that cannot save would never end.
     """
     job = job_id()
     if job is None:
         return
-    state = (ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T") or "").strip()
-    if state == "PENDING":  # preempted: Slurm has put it back itself
+    shown = ask("scontrol", "show", "job", job, "--oneliner") or ""
+    state = re.search(r"\bJobState=(\w+)", shown)
+    if state and state[1] == "PENDING":  # preempted: Slurm has put it back itself
         return
-    if state not in ("RUNNING", "PREEMPTED", "TIMEOUT"):
-        say(f"Slurm job {job} was cancelled, so it is not requeued")
+    # What Slurm ends reads COMPLETING, whatever the reason. One that it preempts and does not put back has this time:
+    # it would end as PREEMPTED, for which the executor waits for ever.
+    preempted = re.search(r"\bPreemptTime=\d", shown)
+    if not (state and state[1] == "RUNNING") and not preempted:
+        say(f"Slurm ends job {job} (cancelled, at its limit, or to put it back itself): not requeued from here")
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:
@@ -102,11 +108,18 @@ def requeue() -> None:
 
 @dataclass(frozen=True)
 class Orphan:
-    """A job that an earlier orchestrator of this folder submitted and that has not ended."""
+    """A job that an earlier orchestrator of this folder submitted and that has not ended.
+
+    Attributes:
+        job: Slurm's number.
+        stages: what it runs: one stage, or those of a group.
+        id: of the artifact; None for a group, whose comment names none.
+        state: Slurm's.
+    """
 
     job: str
-    stage: str
-    id: str
+    stages: frozenset[str]
+    id: str | None
     state: str
 
 
@@ -122,9 +135,12 @@ def orphans(folder: Path) -> list[Orphan]:
     found = []
     for line in shown.splitlines():
         job, state, workdir, comment = line.split("|", 3)
-        match = COMMENT.match(comment)
-        if match and Path(workdir).resolve() == folder.resolve():
-            found.append(Orphan(job, match["stage"], match["id"], state))
+        if Path(workdir).resolve() != folder.resolve():
+            continue
+        if match := COMMENT.match(comment):
+            found.append(Orphan(job, frozenset([match["stage"]]), match["id"], state))
+        elif match := GROUP.fullmatch(comment):
+            found.append(Orphan(job, frozenset(match["stages"].split("_")), None, state))
     return found
 
 

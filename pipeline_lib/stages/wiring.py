@@ -25,6 +25,8 @@ from pipeline_lib.stages import attempts, slurm
 ORCHESTRATOR = store.RESULTS / ".orchestrator.lock"
 HEAL_LIMIT = 3
 STARTED = time.time()
+TOLD_LIMIT = 20
+"""So many failures are told at the end of a run, each with its log and fix."""
 
 
 def open_plan(file: str, overrides: dict[str, Any], root: Path, main: bool) -> Plan:
@@ -193,9 +195,22 @@ def slurm_options(plan: Plan, workflow: Any, stage: str, node_id: str) -> str:
     if stage == "train" and a_node and resource(plan, stage, node_id, "nodes", 1) > 1:
         options.append(f"--gpus-per-node={a_node}")
     if submits(workflow):
-        waited_for = [job.job for job in _left_behind() if (job.stage, job.id) == (stage, node_id)]
-        options += [f"--dependency=afterany:{job}" for job in waited_for if slurm.is_alive(job)]
+        together = _grouped_with(workflow, stage)
+        waited_for = [job.job for job in _left_behind() if _is_at(job, together, node_id)]
+        alive = [job for job in waited_for if slurm.is_alive(job)]
+        options += [f"--dependency=afterany:{':'.join(alive)}"] if alive else []  # of two such options sbatch takes one
     return " ".join(options)
+
+
+def _grouped_with(workflow: Any, stage: str) -> set[str]:
+    """The stages that share jobs with `stage` (`groups` of the profile), itself among them."""
+    groups = workflow.group_settings.overwrite_groups
+    return {stage} | {other for other, group in groups.items() if group == groups.get(stage)}
+
+
+def _is_at(job: slurm.Orphan, stages: set[str], node_id: str) -> bool:
+    """Whether a job is at an artifact; or may be, where groups come in: all members of a group must get one answer."""
+    return bool(job.stages & stages) and (len(stages) > 1 or job.id in (node_id, None))
 
 
 def submits(workflow: Any) -> bool:
@@ -216,10 +231,17 @@ def _left_behind() -> list[slurm.Orphan]:
 def tell_left_behind() -> None:
     """Say what becomes of jobs that an earlier run submitted."""
     for job in _left_behind():
+        at = f"{'+'.join(sorted(job.stages))} {job.id or '(a group)'}"
         what = f"this run does not need it: `scancel {job.job}` ends it"
-        if f"{store.STORE}/{job.stage}/{job.id}" in _asked:
+        if any(_needs(stage, job.id) for stage in job.stages):
             what = "what this run submits for it waits for its end and adopts its work"
-        say(f"Slurm job {job.job} ({job.state}) of an earlier run is at {job.stage} {job.id}; {what}")
+        say(f"Slurm job {job.job} ({job.state}) of an earlier run is at {at}; {what}")
+
+
+def _needs(stage: str, node_id: str | None) -> bool:
+    """Whether this run asks for an artifact, or where none is named, for any of that stage."""
+    folder = f"{store.STORE}/{stage}/"
+    return f"{folder}{node_id}" in _asked if node_id else any(path.startswith(folder) for path in _asked)
 
 
 def leave_cores_to_the_cluster(workflow: Any) -> None:
@@ -258,10 +280,28 @@ def begin(workflow: Any) -> None:
         tell_left_behind()
 
 
-def tell_failures() -> None:
+def tell_failures(workflow: Any) -> None:
     """At the end of a failed run: what failed, where its log is, and what to do."""
-    for paragraph in attempts.failures(STARTED):
+    told = attempts.failures(STARTED)
+    if submits(workflow) and not store.requested():
+        told += [attempts.never_begun(*node) for node in _never_begun(workflow)]
+    for paragraph in told[:TOLD_LIMIT]:
         say(paragraph)
+    if len(told) > TOLD_LIMIT:
+        say(f"and {len(told) - TOLD_LIMIT} more")
+
+
+def _never_begun(workflow: Any) -> list[tuple[str, str]]:
+    """(stage, id) of what could be made, since all that it needs is there, and of which no stage said a word."""
+    found = []
+    for job in workflow.dag.needrun_jobs():
+        if job.is_local or not all(os.path.exists(path) for path in job.input):
+            continue
+        artifact = store.STORE / job.rule.name / job.wildcards.id
+        begun = attempts.has_begun(store.work_directory(artifact), STARTED) or is_held(store.lock_file(artifact))
+        if not begun and not (artifact / store.MANIFEST).exists():
+            found.append((job.rule.name, job.wildcards.id))
+    return found
 
 
 def plan_again_if_damage_was_reported() -> None:

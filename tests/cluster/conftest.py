@@ -19,6 +19,15 @@ from tests.workflow.clone import Clone
 collect_ignore_glob = [] if FOLDER in os.environ else ["test_*.py"]
 
 
+LONGEST = ("demos_plain_half", "time_limit", "node lost", "two_nodes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: the others fill up what the workers have left."""
+    if FOLDER in os.environ:
+        items.sort(key=lambda item: next((at for at, name in enumerate(LONGEST) if name in item.name), len(LONGEST)))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if FOLDER not in os.environ:
         terminalreporter.write_line("NOT RUN: tests/cluster, which need a Slurm: `make test-cluster`")

@@ -63,7 +63,7 @@ ReturnToService=2
 SlurmdTimeout=20
 SlurmctldTimeout=10
 InactiveLimit=0
-KillWait=10
+KillWait=30
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -99,7 +99,7 @@ class MiniSlurm:
     """The cluster whose files are in `folder`."""
 
     folder: Path
-    cpu_nodes: int = 12
+    cpu_nodes: int = 16
     gpu_nodes: int = 2
     port: int = 17000
 
@@ -175,17 +175,19 @@ class MiniSlurm:
             gres += [f"NodeName={node} Name=gpu Type={GPU} File={self.folder}/gpu[0-3]"] if has_gpus else []
         names = {"cpu": f"cpu[1-{self.cpu_nodes}]", "gpu": f"gpu[1-{self.gpu_nodes}]"}
         lines.append(PARTITIONS.format(**names, all=",".join(names.values())))
-        # A test that loses its node disturbs no other: every cpu node is a partition of its own, the last two another.
+        # A test that loses its node disturbs no other: every cpu node is a partition of its own, and twice two others are.
         lines += [f"PartitionName={node} Nodes={node} MaxTime=1-00:00:00" for node in self.nodes[: self.cpu_nodes]]
-        lines.append(f"PartitionName=pair Nodes=cpu[{self.cpu_nodes - 1}-{self.cpu_nodes}] MaxTime=1-00:00:00")
+        last = self.cpu_nodes
+        for name, first in {"pair": last - 1, "spare": last - 3}.items() if last > 3 else ():
+            lines.append(f"PartitionName={name} Nodes=cpu[{first}-{first + 1}] MaxTime=1-00:00:00")
         (self.folder / "slurm.conf").write_text("\n".join(lines))
         (self.folder / "gres.conf").write_text("\n".join(gres) + "\n")
         for number in range(4):  # must be character devices; these are /dev/null
             device = self.folder / f"gpu{number}"
             if not device.exists():
                 subprocess.run(["mknod", device, "c", "1", "3"], check=True)
-        if DEFAULT_CONF.exists() and not DEFAULT_CONF.is_symlink():
-            raise RuntimeError(f"{DEFAULT_CONF} is there: this machine has a Slurm of its own")
+        if DEFAULT_CONF.exists() and DEFAULT_CONF.resolve() != (self.folder / "slurm.conf").resolve():
+            raise RuntimeError(f"{DEFAULT_CONF} is there: this machine has a Slurm of its own, or another test's")
         DEFAULT_CONF.parent.mkdir(parents=True, exist_ok=True)
         DEFAULT_CONF.unlink(missing_ok=True)
         DEFAULT_CONF.symlink_to(self.folder / "slurm.conf")

@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from pipeline_lib.artifacts.files import sha256_file
@@ -25,16 +27,24 @@ from tests.workflow.clone import TINY, Clone
 
 EVERY = 20  # steps between checkpoints
 CONFIG = copy.deepcopy(TINY)
-CONFIG["models"]["tiny"]["recipe"]["pretrain"].update(steps=600, global_batch=16)
+CONFIG["models"]["tiny"]["recipe"]["pretrain"].update(steps=240, global_batch=16)
 CONFIG["models"]["tiny"]["run"].update(
     checkpoint_every=EVERY, log_every=1, mem_mb=3000, runtime_min=20, eval_mem_mb=3000, eval_runtime_min=20
 )
 RESULT = "results/plain-tiny/words.json"
-# The plugin polls less and less often; the first polls decide how long a test takes.
 QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--max-status-checks-per-second", "2")
-SQUEUE = """#!/bin/sh
-[ -e "{switch}" ] && exit 1
-exec {squeue} "$@"
+# The executor asks less and less often, at last every 180 s, which would decide how long a test takes.
+SNAKEMAKE = """
+from snakemake.cli import main
+from snakemake_executor_plugin_slurm import Executor
+Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, value: None)
+main()
+"""
+FAILS_WHEN_TOLD = """#!/bin/sh
+[ -e "{switch}" ] || exec {command} "$@"
+echo "{name} $*" >> "{switch}"
+echo "{name}: error: told to fail" >&2
+exit 1
 """
 
 
@@ -58,11 +68,12 @@ class Run:
             shutil.rmtree(root / "results" / "store" / "train")
             shutil.rmtree(root / "results" / "logs")
         (root / "slurm" / "partitions.yaml").write_text(yaml.safe_dump({"partitions": {node: {"max_gpu": 0}}}))
-        self.switch = root / "squeue-fails"
         (root / "bin").mkdir()
-        wrapper = root / "bin" / "squeue"
-        wrapper.write_text(SQUEUE.format(switch=self.switch, squeue=shutil.which("squeue")))
-        wrapper.chmod(0o755)
+        for name in ("squeue", "sbatch"):
+            wrapper = root / "bin" / name
+            text = FAILS_WHEN_TOLD.format(name=name, switch=self.switch(name), command=shutil.which(name))
+            wrapper.write_text(text)
+            wrapper.chmod(0o755)
         with contextlib.chdir(root):
             plan = Plan.load()
             plan.view(f"results/{next(iter(config['experiments']))}/{next(iter(config['tasks']))}.json")
@@ -70,12 +81,13 @@ class Run:
                 freeze(node)
         self.target = next(f"{node.path}/manifest.json" for node in plan.nodes.values() if node.stage == "train")
         self.process: subprocess.Popen[bytes] | None = None
+        self.held: list[psutil.Process] = []
         self.output = root / "output"
 
     def start(self, *arguments: str) -> None:
         """Start Snakemake, for the training where `arguments` name no target; its output is added to `output`."""
         self.arguments = arguments or (self.target,)
-        command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *QUICK, *self.arguments]
+        command = [sys.executable, "-c", SNAKEMAKE, "--profile", "slurm", *QUICK, *self.arguments]
         path = f"{self.clone.root}/bin{os.pathsep}{os.environ['PATH']}"
         with open(self.output, "ab") as output:
             self.process = subprocess.Popen(
@@ -92,7 +104,7 @@ class Run:
                 self.kill()
                 raise TimeoutError(self.said()[-5000:] + self.slurm.run("squeue", "--states=all"))
             self.slurm.start_now()
-            time.sleep(1)
+            time.sleep(0.5)
         assert (self.process.returncode == 0) == ok, self.said()[-5000:]
         return self.said()
 
@@ -105,6 +117,53 @@ class Run:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def switch(self, command: str) -> Path:
+        """The file that lets a Slurm command fail while it exists; each failure adds a line."""
+        return self.clone.root / f"{command}-fails"
+
+    @contextlib.contextmanager
+    def failing(self, command: str, times: int) -> Iterator[None]:
+        """Let a command of this clone's Snakemake fail until it has done so `times` times."""
+        switch = self.switch(command)
+        switch.touch()
+        yield
+        assert wait(lambda: len(switch.read_text().splitlines()) >= times, 120), f"{command} was hardly called"
+        switch.unlink()
+
+    def hold(self, step: int, seconds: float = 300) -> None:
+        """Let the training stand still at `step` or soon after: whatever the machine's speed, it is at work when a fault
+        comes.
+
+        Raises:
+            TimeoutError: it did not get there.
+        """
+        end, found = time.monotonic() + seconds, list[psutil.Process]()
+        while not found or self.step() < step:
+            if time.monotonic() > end or self.process_ended():
+                raise TimeoutError(f"step {self.step()}\n{self.said()[-4000:]}\n{self.slurm.run('squeue')}")
+            if not found or not found[0].is_running():
+                self.slurm.start_now()
+                found = self.training()
+            time.sleep(0.02)
+        found[0].suspend()
+        self.held = found
+
+    def go_on(self) -> None:
+        """Let the training that was held go on."""
+        for process in self.held:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        self.held = []
+
+    def training(self) -> list[psutil.Process]:
+        """The process that trains (in these tests it is the stage's own), where there is one."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                words = {"pipeline_lib", "stage", self.target}
+                if words <= set(process.cmdline()) and Path(process.cwd()) == self.clone.root:
+                    return [process]
+        return []
 
     def said(self) -> str:
         """What Snakemake has printed so far."""
@@ -123,7 +182,11 @@ class Run:
         Raises:
             TimeoutError: it has not.
         """
-        if not wait(lambda: self.step() >= step or self.process_ended(), seconds, 0.1) or self.step() < step:
+        end = time.monotonic() + seconds
+        while self.step() < step and not self.process_ended() and time.monotonic() < end:
+            self.slurm.start_now()
+            wait(lambda: self.step() >= step or self.process_ended(), 2, 0.1)
+        if self.step() < step:
             raise TimeoutError(f"step {self.step()}\n{self.said()[-4000:]}\n{self.slurm.run('squeue')}")
 
     def process_ended(self) -> bool:
@@ -135,6 +198,10 @@ class Run:
         shown = self.slurm.run("squeue", "-h", "-t", "RUNNING", "-o", "%i|%Z|%k").splitlines()
         jobs = [line.split("|") for line in shown]
         return next(job for job, folder, comment in jobs if folder == str(self.clone.root) and f"_{rule}_" in comment)
+
+    def state(self, job: str) -> str:
+        """Slurm's word for a job's state."""
+        return self.slurm.field(job, "JobState")
 
     def jobs_submitted(self) -> list[str]:
         """Numbers of all jobs that Snakemake says it submitted for the training."""

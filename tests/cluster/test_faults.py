@@ -37,9 +37,11 @@ class Outcome:
 
 OUTCOMES = {
     "scancel": Outcome("cpu1", 2, 0, resumed=True, saved=True),
-    "node lost": Outcome("cpu2", 1, 1, resumed=True),
+    "sbatch rejects": Outcome("cpu12", 2, 0, resumed=True, saved=True),
+    "node lost": Outcome("spare", 1, 1, resumed=True),
     "slurmd killed": Outcome("cpu3", 1, 0, resumed=False),
     "preempted": Outcome("cpu4", 1, 1, resumed=True, saved=True),
+    "preempted for good": Outcome("cpu2", 1, 1, resumed=True, saved=True),
     "squeue fails": Outcome("cpu5", 1, 0, resumed=False),
     "out of memory": Outcome("cpu6", 2, 0, resumed=True),
     "snakemake killed": Outcome("cpu7", 2, 0, resumed=False),
@@ -52,7 +54,7 @@ def test_fault(name: str, slurm: MiniSlurm, undisturbed: Clone, weights: str, tm
     expected = OUTCOMES[name]
     run = Run(slurm, tmp_path / "clone", expected.node, CONFIG, undisturbed)
     run.start()
-    run.wait_for_step(3 * EVERY)
+    run.hold(2 * EVERY + EVERY // 2)
     step = run.step()
     fault(run)
     said = run.finish()
@@ -73,20 +75,25 @@ def test_fault(name: str, slurm: MiniSlurm, undisturbed: Clone, weights: str, tm
         assert "adopts its work" in said
 
 
-def test_a_short_time_limit_costs_no_retry(slurm: MiniSlurm, tmp_path: Path, undisturbed: Clone) -> None:
+def test_a_short_time_limit_costs_no_retry(slurm: MiniSlurm, undisturbed: Clone, weights: str, tmp_path: Path) -> None:
     """The job saves by its own clock before the limit, requeues itself, and goes on under its own number."""
     config = copy.deepcopy(CONFIG)
-    config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 8000
     config["models"]["tiny"]["run"].update(runtime_min=1)
     run = Run(slurm, tmp_path / "clone", "cpu8", config, undisturbed)
     run.start()
-    said = run.finish(600)
-    [job] = run.jobs_submitted()
+    run.hold(1)
+    job = run.job()
+    faults.time_limit(run)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")  # no further slot
+    said = run.finish()
+    assert run.jobs_submitted() == [job]
     assert int(slurm.field(job, "Restarts")) == len(run.resumed_from()) >= 1
     stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", run.log())]
     assert stopped == run.resumed_from(), "no step is lost"
+    assert "time limit near: saving, then stopping" in run.log()
     assert "requeued; it goes on from its last checkpoint" in run.log()
     assert "Error in rule" not in said
+    assert run.weights() == weights
 
 
 def test_ctrl_c_ends_the_jobs_and_leaves_nothing_behind(
@@ -95,11 +102,13 @@ def test_ctrl_c_ends_the_jobs_and_leaves_nothing_behind(
     """A cancelled job does not requeue itself."""
     run = Run(slurm, tmp_path / "clone", "cpu9", CONFIG, undisturbed)
     run.start()
-    run.wait_for_step(EVERY)
+    run.hold(EVERY)
     job = run.job()
     assert run.process is not None
     run.process.send_signal(2)
-    run.process.wait(60)
+    assert wait(lambda: run.state(job) != "RUNNING", 60)
+    run.go_on()
+    run.process.wait(120)
     assert wait(lambda: slurm.field(job, "JobState") == "CANCELLED", 30)
     assert not wait(lambda: slurm.field(job, "JobState") != "CANCELLED", 5)
     before = run.step()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import yaml
 
 from pipeline_lib.artifacts.files import read_json
-from tests.cluster.minislurm import MiniSlurm
+from tests.cluster.minislurm import MiniSlurm, wait
 from tests.cluster.run import CONFIG, RESULT, Run
 from tests.workflow.clone import ROOT, Clone
 
@@ -23,8 +24,8 @@ def test_the_demos_plain_half(slurm: MiniSlurm, tmp_path: Path) -> None:
     said = run.finish(900)
     result = read_json(run.clone.root / target)["result"]
     assert result["clean"]["metrics"]["byte_perplexity"]["mean"] < 6
-    submitted = {line.split("/rule_")[1].split("/")[0] for line in said.splitlines() if "SLURM jobid" in line}
-    assert submitted == {"tokenizer", "tokens", "train", "convert", "evaluate"}
+    submitted = re.findall(r"SLURM jobid \d+ \(log: \S*/logs/slurm/(\w+)/", said)
+    assert sorted(submitted) == ["group_data_tokenizer_tokens", "rule_convert", "rule_evaluate", "rule_train"]
     assert "localrule dataset" in said, "compute nodes need no internet"
     comments = slurm.run("squeue", "-h", "--states=all", "-o", "%Z|%k").splitlines()
     ours = [line.split("|")[1] for line in comments if line.startswith(f"{run.clone.root}|")]
@@ -60,6 +61,9 @@ def test_what_slurm_rejects_is_told_and_the_rest_goes_on(slurm: MiniSlurm, undis
     said = run.finish(ok=False)
     assert "Memory specification can not be satisfied" in said or "Requested node configuration" in said
     assert (run.clone.root / RESULT).exists(), "the other branch goes on"
+    [told] = [line for line in said.splitlines() if line.startswith("errata: ") and "was not begun" in line]
+    assert told.startswith("errata: train pretrain-plain-llama"), "the stage that Slurm refused, and none that needs it"
+    assert "fix:     where Slurm refused it" in said
 
 
 def test_a_failing_stage_names_job_log_and_fix(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
@@ -72,3 +76,24 @@ def test_a_failing_stage_names_job_log_and_fix(slurm: MiniSlurm, undisturbed: Cl
     told = said[said.index("errata: train pretrain-plain-llama") :]
     for word in (f"refused in Slurm job {job}", "micro_batch", "results/logs/train/pretrain-plain-llama", "fix:"):
         assert word in told, told
+
+
+def test_a_sweep_of_100_jobs_is_queued_at_once_and_cancelled_at_once(
+    slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path
+) -> None:
+    """No job is held back until another has ended, and Ctrl-C leaves none behind."""
+    config = copy.deepcopy(CONFIG)
+    config["sweeps"] = {"seeds": {"experiment": "plain-tiny", "task": "words", "grid": {"seed": list(range(100))}}}
+    run = Run(slurm, tmp_path / "clone", "cpu11", config, undisturbed)
+    slurm.run("scontrol", "update", "PartitionName=cpu11", "State=DOWN")  # takes jobs, and lets them wait
+    try:
+        run.start("results/sweeps/seeds.csv")
+        assert wait(lambda: len(run.jobs_submitted()) == 100 or run.process_ended(), 200), run.said()[-3000:]
+        jobs = run.jobs_submitted()
+        assert {run.state(job) for job in (jobs[0], jobs[-1])} == {"PENDING"}
+        assert run.process is not None
+        run.process.send_signal(2)
+        run.process.wait(120)
+        assert wait(lambda: not set(jobs) & set(slurm.jobs()), 60)
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=cpu11", "State=UP")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,24 @@ def test_failures_name_stage_job_log_and_fix(state: str, message: str, words: li
     for word in [*words, "train pretrain-plain-0123456789ab", "results/logs/train/pretrain-plain-0123456789ab.log"]:
         assert word in told
     assert attempts.failures(time.time() + 1) == [], "of an earlier run"
+
+
+def test_a_job_that_never_came_to_its_stage_is_told(work: Path) -> None:
+    """What could run, of which no attempt of this run is noted; neither what waits for others nor what runs here."""
+    name, other = NAME.removeprefix("train--"), "other-0123456789ab"
+
+    def job(node_id: str, **given: Any) -> SimpleNamespace:
+        rule, wildcards = SimpleNamespace(name="train"), SimpleNamespace(id=node_id)
+        return SimpleNamespace(**{"rule": rule, "wildcards": wildcards, "is_local": False, "input": [], **given})
+
+    waiting = [job(other, input=["results/nothing"]), job(other, is_local=True)]
+    workflow: Any = SimpleNamespace(dag=SimpleNamespace(needrun_jobs=lambda: [job(name), *waiting]))
+    assert wiring._never_begun(workflow) == [("train", name)]
+    told = attempts.never_begun("train", name)
+    for word in (f"train {name} was not begun", "results/logs/slurm", "fix:", "slurm/partitions.yaml"):
+        assert word in told
+    attempts.begin(work)
+    assert wiring._never_begun(workflow) == [], "its own last words are told instead"
 
 
 def test_what_is_still_at_work_has_not_failed(work: Path) -> None:

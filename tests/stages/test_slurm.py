@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline_lib.stages import slurm
+from pipeline_lib.config.plan import Plan
+from pipeline_lib.stages import slurm, wiring
+from tests.conftest import ROOT
 
 TRAIN = "rule_train_wildcards_pretrain-plain-0123456789ab"
 
@@ -41,25 +44,33 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     signal.signal(signal.SIGTERM, former)
 
 
+PREEMPTED = "JobState=COMPLETING Reason=None PreemptEligibleTime=2026-11-29T03:56:28 PreemptTime=2026-11-29T03:56:30"
+"""As Slurm 22.05 shows a job while it stops for a preemption after which it is not put back (PreemptMode=CANCEL)."""
+CANCELLED = "JobState=COMPLETING Reason=None PreemptEligibleTime=2026-11-29T03:56:31 PreemptTime=None"
+
+
 @pytest.mark.parametrize(("code", "words"), [(0, "requeued"), (1, "could not be requeued")])
-@pytest.mark.parametrize("state", ["RUNNING", "PREEMPTED", "TIMEOUT"])
+@pytest.mark.parametrize("shown", ["JobState=RUNNING Reason=None PreemptTime=None", PREEMPTED])
 def test_requeues_its_own_job(
-    state: str, code: int, words: str, fake: Fake, capsys: pytest.CaptureFixture[str]
+    shown: str, code: int, words: str, fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.say("squeue", state)
-    fake.say("scontrol", code=code)
+    """Also what Slurm preempts and would not put back: the executor would wait for it for ever."""
+    fake.say("scontrol", shown)
+    script = fake.folder / "scontrol"
+    script.write_text(script.read_text().replace("exit 0", f"[ $1 = requeue ] && exit {code}\nexit 0"))
     slurm.requeue()
-    assert fake.calls("scontrol") == ["requeue 42"]
+    assert fake.calls("scontrol") == ["show job 42 --oneliner", "requeue 42"]
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", ""])
-def test_what_somebody_cancelled_stays_cancelled(state: str, fake: Fake) -> None:
-    """Nor is a job requeued that Slurm has requeued itself."""
-    fake.say("squeue", state)
-    fake.say("scontrol")
+@pytest.mark.parametrize(
+    "shown", [CANCELLED, CANCELLED.replace("None", "TimeLimit", 1), "JobState=COMPLETED", "JobState=PENDING", ""]
+)
+def test_what_slurm_ends_itself_is_not_requeued(shown: str, fake: Fake) -> None:
+    """Somebody cancelled it, it met its limit, or Slurm has requeued it itself."""
+    fake.say("scontrol", shown)
     slurm.requeue()
-    assert fake.calls("scontrol") == []
+    assert fake.calls("scontrol") == ["show job 42 --oneliner"]
 
 
 def test_outside_slurm_nothing_is_asked(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +113,71 @@ def test_orphans_are_jobs_of_this_folder(fake: Fake) -> None:
         f"8|RUNNING|/elsewhere|{TRAIN}",
         f"9|RUNNING|{fake.folder}|(null)",
         f"10|PENDING|{fake.folder}|rule_tokens_wildcards_a-b-00",
+        f"11|PENDING|{fake.folder}|rule_data_tokenizer_tokens",
     ]
     fake.say("squeue", "\n".join(lines))
     found = slurm.orphans(fake.folder)
-    assert [(job.job, job.stage, job.id, job.state) for job in found] == [
-        ("7", "train", "pretrain-plain-0123456789ab", "RUNNING"),
-        ("10", "tokens", "a-b-00", "PENDING"),
+    assert [(job.job, sorted(job.stages), job.id, job.state) for job in found] == [
+        ("7", ["train"], "pretrain-plain-0123456789ab", "RUNNING"),
+        ("10", ["tokens"], "a-b-00", "PENDING"),
+        ("11", ["tokenizer", "tokens"], None, "PENDING"),
     ]
+
+
+class Workflow:
+    """What `wiring` reads of a Snakemake that submits to Slurm."""
+
+    is_main_process = True
+    executor_plugin = SimpleNamespace(name="slurm")
+
+    def __init__(self, **groups: str) -> None:
+        self.group_settings = SimpleNamespace(overwrite_groups=groups)
+
+
+def test_a_new_job_waits_for_all_that_are_at_its_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one option, since sbatch heeds the last one only; the members of a group get the same options."""
+    names = ("a-0123456789ab", "b-0123456789ab")
+    left = [
+        slurm.Orphan("7", frozenset(["train"]), names[0], "RUNNING"),
+        slurm.Orphan("8", frozenset(["train"]), names[0], "PENDING"),
+        slurm.Orphan("9", frozenset(["train"]), names[1], "RUNNING"),
+        slurm.Orphan("10", frozenset(["tokenizer", "tokens"]), None, "RUNNING"),
+        slurm.Orphan("11", frozenset(["train"]), names[0], "ENDED"),
+    ]
+    plan = Plan.load(str(ROOT / "config.yaml"))
+    monkeypatch.setattr(wiring, "_left_behind", lambda: left)
+    monkeypatch.setattr(slurm, "is_alive", lambda job: job != "11")
+
+    def options(workflow: Workflow, stage: str, name: str) -> str:
+        return wiring.slurm_options(plan, workflow, stage, name)
+
+    assert options(Workflow(), "train", names[0]) == "--dependency=afterany:7:8"
+    assert options(Workflow(), "train", names[1]) == "--dependency=afterany:9"
+    assert options(Workflow(), "evaluate", names[0]) == ""
+    assert options(Workflow(), "tokens", names[0]) == "--dependency=afterany:10"
+    data = Workflow(tokenizer="data", tokens="data")
+    left.append(slurm.Orphan("12", frozenset(["tokens"]), names[0], "RUNNING"))
+    assert {options(data, stage, name) for stage in ("tokenizer", "tokens") for name in names} == {
+        "--dependency=afterany:10:12"
+    }
+
+
+def test_what_an_earlier_run_left_behind_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [
+        slurm.Orphan("7", frozenset(["train"]), "a-0123456789ab", "RUNNING"),
+        slurm.Orphan("8", frozenset(["train"]), "b-0123456789ab", "PENDING"),
+        slurm.Orphan("9", frozenset(["tokenizer", "tokens"]), None, "RUNNING"),
+    ]
+    asked: dict[str, object] = {f"results/store/{path}": None for path in ("train/a-0123456789ab", "tokens/c-00")}
+    monkeypatch.setattr(wiring, "_left_behind", lambda: left)
+    monkeypatch.setattr(wiring, "_asked", asked)
+    wiring.tell_left_behind()
+    one, other, group = capsys.readouterr().err.splitlines()
+    assert "Slurm job 7 (RUNNING) of an earlier run is at train a-0123456789ab; what this run submits" in one
+    assert "train b-0123456789ab; this run does not need it: `scancel 8` ends it" in other
+    assert "job 9 (RUNNING) of an earlier run is at tokenizer+tokens (a group); what this run submits" in group
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,15 @@ def test_the_default_profile_overrides_no_other() -> None:
     assert default["nolock"] is default["ignore-incomplete"] is True
 
 
+def test_a_job_that_was_killed_for_memory_gets_more_of_it() -> None:
+    """From the rule, which counts the kills; what no rule says comes from the profile, which counts the attempts."""
+    asked = profile("slurm")["default-resources"]["mem_mb"]
+    assert [eval(asked, {"attempt": attempt}) for attempt in (1, 2, 3)] == [8000, 16000, 24000]
+    for path in sorted((ROOT / "rules").glob("*.smk")):
+        for value in re.findall(r"mem_mb=(\w+)", path.read_text()):
+            assert value == "memory", path.name
+
+
 SBATCH = """#!/bin/sh
 printf '%s\\n' "$*" >> "{log}"
 wc -l < "{log}"
