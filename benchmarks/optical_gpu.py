@@ -133,9 +133,22 @@ def tiles(rounds: int) -> list[dict[str, Any]]:
 
     calls: dict[str, Callable[[], Any]] = {"exact": lambda: left @ right.t()}
     calls |= {f"{bm} × {bn} × {bk}": call({"BM": bm, "BN": bn, "BK": bk}) for bm, bn, bk in TILES}
+    times = interleaved({tile: call for tile, call in calls.items() if fits(call)}, rounds)
     return [
-        {"tile": tile, "ms": round(statistics.median(times), 4)} for tile, times in interleaved(calls, rounds).items()
+        {"tile": tile, "ms": round(statistics.median(times[tile]), 4) if tile in times else "does not fit"}
+        for tile in calls
     ]
+
+
+def fits(call: Callable[[], Any]) -> bool:
+    """Whether a kernel's tile fits into this GPU's shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        call()
+    except OutOfResources:
+        return False
+    return True
 
 
 def main() -> None:

@@ -41,12 +41,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def plain_product(
     left: Tensor, right: Tensor, ranges: Tensor, knobs: Tensor, draw: Draw | None, how: How
 ) -> tuple[Tensor, Tensor]:
-    """`product` as one would write it: the same arguments and results, noise from torch's own generator."""
-    a, b = rounded(left, ranges[0], knobs[0]), rounded(right, ranges[1], knobs[0], how.lut_min)
-    c = a @ (b.t() if how.linear else b)
+    """`product` as one would write it: the same arguments and results, noise from torch's own generator.
+
+    Rounding is in fp32, where 256 levels are told apart; the product is in the dtype of the operands.
+    """
+    a, b = rounded(left.float(), ranges[0], knobs[0]), rounded(right.float(), ranges[1], knobs[0], how.lut_min)
+    a, b = a.to(left.dtype), b.to(left.dtype)
+    c = (a @ (b.t() if how.linear else b)).float()
     y = rounded(c, ranges[2], knobs[1], noise=draw is not None)
     seen = torch.stack([torch.stack([-value.min(), value.max()]) for value in (left, right, c)])
-    return y, seen.detach().float()
+    return y.to(left.dtype), seen.detach().float()
 
 
 def rounded(value: Tensor, range: Tensor, steps: Tensor, lut_min: float | None = None, noise: bool = False) -> Tensor:

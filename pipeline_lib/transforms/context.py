@@ -90,8 +90,8 @@ class FaultContext:
         """
         device = self._where()
         device = torch.device("cpu") if device.type == "meta" else device
-        self.step = torch.as_tensor(step, dtype=torch.int64, device=device)
-        self.first_sequence = torch.tensor(first_sequence, dtype=torch.int64, device=device)
+        self.step = _number(step, device)
+        self.first_sequence = _number(first_sequence, device)
         self.tokens = None
         self.move(position)
         # A weight's batch is cut so that no piece lies on two virtual devices, wherever batches begin; the grain
@@ -106,8 +106,8 @@ class FaultContext:
         if step != self._at_step or self._keys.device != device:
             at = torch.tensor(step, dtype=torch.int64)
             keys = [step_key(key, at) for key in self._site_keys]
-            self._keys = torch.stack(keys).to(device) if keys else torch.zeros(0, dtype=torch.int64, device=device)
-            self._chip_keys = {stream: torch.tensor(key, device=device) for stream, key in self._chips.items()}
+            self._keys = _sent(torch.stack(keys), device) if keys else torch.zeros(0, dtype=torch.int64, device=device)
+            self._chip_keys = {stream: _number(key, device) for stream, key in self._chips.items()}
             self._at_step = step
 
     def move(self, position: int | Tensor, tokens: int | None = None) -> None:
@@ -117,7 +117,7 @@ class FaultContext:
             position: index of the pass's first token in its sequence.
             tokens: tokens of the pass; tells where the last ones stand when a layer sees only those.
         """
-        self.position = torch.as_tensor(position, dtype=torch.int64, device=self.step.device)
+        self.position = _number(position, self.step.device)
         self.tokens = tokens
 
     def pieces(self, batch: int) -> int:
@@ -126,14 +126,14 @@ class FaultContext:
 
     def activation(self, stream: int, like: Tensor, first_element: Tensor | int = 0) -> Draw:
         """The draw of an activation [sequences, …]."""
-        first = torch.as_tensor(first_element, dtype=torch.int64, device=self.step.device)
+        first = _number(first_element, self.step.device)
         return _on(Draw(self._key(stream), self.first_sequence, first, self._chip_keys.get(stream)), like.device)
 
     def result(
         self, stream: int, like: Tensor, first_vector: Tensor | int, strides: tuple[int, ...], first_sequence: int = 0
     ) -> Draw:
         """The draw of what a compute makes of operands like `like`, from sequence `first_sequence` of the batch on."""
-        first = torch.as_tensor(first_vector, dtype=torch.int64, device=self.step.device)
+        first = _number(first_vector, self.step.device)
         row = self.first_sequence + first_sequence
         return _on(Draw(self._key(stream), row, first, None, self.step, strides), like.device)
 
@@ -151,6 +151,18 @@ class FaultContext:
         if stream >= len(self._keys):
             raise RuntimeError("FaultContext.begin(step, first_sequence) must be called before a forward pass")
         return self._keys[stream]
+
+
+def _number(value: int | Tensor, device: torch.device) -> Tensor:
+    """A 0-d int64 tensor; of an integer by a fill, since a copy would wait for all work of the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.int64)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def _sent(keys: Tensor, device: torch.device) -> Tensor:
+    """`keys` on the device, behind the work that it still has."""
+    return keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys.to(device)
 
 
 def _on(draw: Draw, device: torch.device) -> Draw:

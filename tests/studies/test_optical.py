@@ -9,7 +9,7 @@ import pytest
 
 from studies.defences import interval
 from studies.optical import EXACT, LEVELS, MORE, STEPS, at_levels, rerun, settings
-from studies.optical_page import ARMS, CLAIMS, difference, values, verdict
+from studies.optical_page import ARMS, CLAIMS, JUDGED, difference, values, verdict
 from studies.report import at_seed, load
 
 
@@ -49,12 +49,18 @@ def test_arms_differ_in_what_they_are_and_in_nothing_else(study: dict[str, Any])
 
 def test_differences_are_paired_and_verdicts_follow_the_interval(study: dict[str, Any]) -> None:
     pairs = zip(values(study, "full", 256), values(study, "post", 256), strict=True)
-    assert difference(study, "full", 256, "post") == interval([own - other for own, other in pairs])
+    assert difference(study, ("full",), ("post",), 256) == interval([own - other for own, other in pairs])
+    arms = [values(study, arm, 16) for arm in ("full", "clean", "post", "clean-continued")]
+    costs = [(own - exact) - (before - clean) for own, clean, before, exact in zip(*arms, strict=True)]
+    found = difference(study, ("full", "clean"), ("post", "clean-continued"), 16)
+    assert found == pytest.approx(interval(costs)), "what the arithmetic costs after continuing, minus before"
     assert verdict(-1.0, 0.5, True) == "supported"
     assert verdict(-1.0, 0.5, False) == "refuted"
     assert verdict(-1.0, 1.5, True) == verdict(-1.0, 1.5, False) == "open"
-    assert {arm for _, arm, *_ in CLAIMS} <= set(ARMS)
-    assert {other for *_, other, _ in CLAIMS} <= {*ARMS, *EXACT}
+    for _, plus, minus, _ in CLAIMS:
+        assert len(plus) == len(minus)
+        assert {*plus, *minus} <= {*ARMS, *EXACT}
+    assert set(JUDGED) <= set(LEVELS)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from transform_toys.models import LENGTH, MODELS, VOCAB, bert, llama, logits, ma
 
 from pipeline_lib.models.naming import canonical_titan
 from pipeline_lib.transforms.apply import Applied, apply
+from pipeline_lib.transforms.context import FaultContext
 
 FAULT = {"type": "toy_fault", "one_in": 16}
 Masks = dict[tuple[str, str], list[Tensor]]
@@ -280,3 +281,30 @@ def test_torchtitan_draws_what_hugging_face_draws(tokens: Tensor, record: Callab
     for key, masks in expected.items():
         assert len(masks) == len(drawn[key])
         assert all(torch.equal(a, b) for a, b in zip(masks, drawn[key], strict=True)), key
+
+
+def test_announcing_a_pass_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are filled in on a GPU, not copied to it: a copy from pageable memory waits for all it has to do."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    copies: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default):
+                copies.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    sent: list[int] = []
+    monkeypatch.setattr("pipeline_lib.transforms.context._sent", lambda keys, _: sent.append(len(keys)) or keys)
+    context = FaultContext(seed=0, global_batch=8)
+    context.stream("a", "weight", chip_seed=3)
+    context.stream("b", "input")
+    context.on(lambda: torch.device("cuda"))
+    with FakeTensorMode(), Watch():
+        for step in range(2):
+            context.begin(step, 4, position=2)
+    assert context.position.device.type == "cuda"
+    assert sent == [2, 2], "the keys of a step go in one piece"
+    assert copies == []

@@ -75,8 +75,9 @@ class OpticalProduct(nn.Module, Compute):
         with torch.autocast(kind, enabled=False) if lower else nullcontext():
             y, reach = product(left, right, self.ranges, self._strength(draw), draw if settings.dither else None, how)
         if observe:
+            first = 1 if self._probabilities else 0  # their range is known
             with torch.no_grad():
-                torch.maximum(self.seen, reach, out=self.seen)
+                torch.maximum(self.seen[first:], reach[first:], out=self.seen[first:])
         return y if bias is None else y + bias.to(y.dtype)
 
     def _strength(self, draw: Draw | None) -> Tensor:
@@ -109,17 +110,18 @@ class OpticalProduct(nn.Module, Compute):
             )
         self._known = True
 
-    def state_of(self, seen: Tensor) -> Tensor:
-        """The ranges after a step in which `seen` was observed, [3, 2]; those of which nothing finite was seen stay."""
-        low, high = -seen[:, :1], seen[:, 1:]
-        new = torch.cat([low, high], 1)
-        known = self.ranges[:, :1] <= self.ranges[:, 1:]
-        smooth = self.ranges * self.settings.smoothing + new * (1 - self.settings.smoothing)
-        usable = torch.isfinite(low) & torch.isfinite(high)  # neither unseen nor overflown
-        moved = torch.where(usable, torch.where(known, smooth, new), self.ranges)
-        if self._probabilities:
-            moved[0] = self.ranges[0]
-        return moved
+
+def followed(ranges: Tensor, seen: Tensor, smoothing: float) -> Tensor:
+    """Ranges [..., 2] after a step in which `seen`, (−least, largest) [..., 2], was observed.
+
+    Those stay of which nothing, or anything that is not finite, was seen.
+    """
+    low, high = -seen[..., :1], seen[..., 1:]
+    new = torch.cat([low, high], -1)
+    known = ranges[..., :1] <= ranges[..., 1:]
+    smooth = ranges * smoothing + new * (1 - smoothing)
+    usable = torch.isfinite(low) & torch.isfinite(high)
+    return torch.where(usable, torch.where(known, smooth, new), ranges)
 
 
 class Optical(Transform):
@@ -146,8 +148,9 @@ class Optical(Transform):
         seen = torch.stack([function.seen for function in self._made])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        for function, own in zip(self._made, seen, strict=True):
-            function.ranges.copy_(function.state_of(own))
+        ranges = torch.stack([function.ranges for function in self._made])
+        for function, own in zip(self._made, followed(ranges, seen, self.settings.smoothing), strict=True):
+            function.ranges.copy_(own)
             function.seen.fill_(-math.inf)
 
 

@@ -7,8 +7,8 @@ With range [m, M], S steps between its levels and noise d, in fp32 and in this o
 
 (Anderson et al., 2023, arXiv 2302.10360, appendix on the quantised simulation; zero is in general no level.) With a
 look-up table whose smallest magnitudes are l·|M| above and l·|m| below zero, y in (0, l·M) becomes l·M and y in
-(−l·|m|, 0) becomes −l·|m|; exact zeros stay. A range that is not known yet (m > M) changes nothing; one of no width
-gives m.
+(−l·|m|, 0) becomes −l·|m|; exact zeros stay. A range that is not known yet (m > M) changes nothing; one of no width,
+or of less than 2⁻¹⁰⁰, where S / (M − m) would soon be infinite, gives m.
 
 The noise of an element is (h + ½)/2¹⁶ − ½ with h of 16 random bits: it has mean zero, and no tie is ever drawn. h is
 half word f mod 8 (lower halves first) of Philox4x32-10 at counter (⌊f/8⌋, vector, row, tag) under the draw's key, f
@@ -30,6 +30,7 @@ from pipeline_lib.transforms.draws import vectors
 
 TAG = 0x6F707469  # "opti": counter word 3, apart from every other tag
 PER_CALL = 8
+NARROW = 2.0**-100  # from here on a range has a width
 _CHUNK = 2**15  # elements rounded at a time on a CPU: they stay in the cache of a core
 
 if sys.byteorder != "little":
@@ -69,7 +70,7 @@ def grids(ranges: Tensor, knobs: Tensor, lut_min: float | None) -> list[Grid]:
     span, steps = high - low, torch.stack([knobs[0], knobs[0], knobs[1]])
     share = torch.zeros_like(low)
     share[1] = lut_min or 0.0
-    scale = torch.where(span > 0, steps / span, 0.0)
+    scale = torch.where(span >= NARROW, steps / span, 0.0)
     end = torch.where(low <= high, share, 0.0)
     below, above = torch.where(end > 0, -end * low.abs(), 0.0), torch.where(end > 0, end * high, 0.0)
     table = torch.stack([low, high, scale, span / steps, steps, knobs[2].expand(3), below, above])

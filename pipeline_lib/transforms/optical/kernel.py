@@ -36,7 +36,7 @@ def _grid(ranges, knobs, WHICH: tl.constexpr):
     span = high - low
     # Of an unknown or empty range nothing is used that these would give.
     width = tl.where((span > 0) & (high < float("inf")), span, 1.0)
-    scale = tl.where(span > 0, tl.div_rn(steps, width), 0.0)
+    scale = tl.where(span >= 7.888609052210118e-31, tl.div_rn(steps, width), 0.0)  # grid.NARROW
     step = tl.where(span > 0, tl.div_rn(width, steps), 0.0)
     return low, high, scale, step, steps
 
@@ -102,8 +102,9 @@ def _product_kernel(
         c = tl.dot(xq, wq, c, input_precision="ieee")
     inside = (m[:, None] < M) & (n[None, :] < N)
     if OBSERVE:
+        extent = tl.where(c == c, c, float("inf"))  # NaN: a maximum would pass it over, and no range may move
         tl.atomic_max(seen, tl.max(tl.max(tl.where(inside, -c, -float("inf")), 1), 0))
-        tl.atomic_max(seen + 1, tl.max(tl.max(tl.where(inside, c, -float("inf")), 1), 0))
+        tl.atomic_max(seen + 1, tl.max(tl.max(tl.where(inside, extent, -float("inf")), 1), 0))
     low, high, scale, step, steps = _grid(ranges, knobs, 2)
     u = (tl.clamp(c, low, high, propagate_nan=tl.PropagateNan.ALL) - low) * scale
     if DITHER:
@@ -149,8 +150,8 @@ def launch(
         blocks: sizes of a tile, multiples of 16; change the speed alone.
 
     Returns:
-        The result; (−least, largest) value of it before it was rounded, [2] fp32, −inf if it is not to be observed; and
-        where it was outside its range, bool of its shape, if gated.
+        The result; (−least, largest) value of it before it was rounded, [2] fp32, −inf if it is not to be observed, inf
+        as the largest if any is NaN; and where it was outside its range, bool of its shape, if gated.
     """
     from pipeline_lib.transforms.optical.grid import TAG
 
@@ -161,10 +162,10 @@ def launch(
     y = left.new_empty(*left.shape[:-1], columns)
     outside = torch.empty(y.shape if gate else 0, dtype=torch.int8, device=y.device)
     seen = torch.full((2,), -torch.inf, device=y.device)
-    heads, first, second = _place(y, draw, linear)
     key, row, vector = (ranges,) * 3 if draw is None else (draw.key, draw.first_row, draw.first_element)
     tiles = triton.cdiv(rows, blocks["BM"]) * triton.cdiv(columns, blocks["BN"])
     if y.numel():
+        heads, first, second = _place(y, draw, linear)
         _product_kernel[(tiles, a.shape[0])](
             a, b, y, outside, seen, ranges, knobs, key, row, vector, lut_min or 0.0, heads, first, second,
             rows, columns, a.shape[-1], *a.stride(), *b.stride(),

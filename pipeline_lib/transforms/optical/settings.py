@@ -84,6 +84,9 @@ class Settings(Base):
     def _check(self) -> Settings:
         if self.quantiles is not None and not 0 <= self.quantiles[0] < self.quantiles[1] <= 1:
             raise ValueError(f"quantiles {list(self.quantiles)} must be two rising shares from 0 to 1")
+        ramp, most = self.ramp, max(self.levels, self.output_levels or 0)
+        if ramp is not None and ramp.of == "levels" and ramp.from_levels < most:
+            raise ValueError(f"ramp.from_levels {ramp.from_levels} is below the {most} levels that the ramp leads to")
         for _, overrides in self.sites:
             if overrides:
                 Settings.model_validate(merge(self.model_dump(exclude={"sites"}), overrides))

@@ -83,12 +83,13 @@ def test_a_sum_beyond_the_range_saturates() -> None:
     assert float(model(torch.ones(1, 1, 64)).detach()) == pytest.approx(12 * 0.5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("share", "deviation"), [(1.0, 1.05538), (0.5, 0.952705), (0.25, 0.68141125)])
-def test_programming_misses_by_what_is_published(share: float, deviation: float) -> None:
-    """0.26348 + 1.965 g − 1.1731 g² µS of 25; also the device of the pair that should conduct nothing misses."""
-    weight = torch.full((100, 400), share)
+def test_programming_misses_by_what_is_published(share: float, deviation: float, sign: int) -> None:
+    """0.26348 + 1.965 g − 1.1731 g² µS of 25, g the magnitude; the device of the pair that conducts nothing misses too."""
+    weight = torch.full((100, 400), sign * share)
     weight[:, 0] = 1.0  # each row has the largest conductance
-    found = read(weight, **{**EXACT, "programming_noise": 1.0})[:, 1:]
+    found = sign * read(weight, **{**EXACT, "programming_noise": 1.0})[:, 1:]
     zero = 0.26348 / 25  # this one's misses are cut off below 0
     mean, variance = share - zero / math.sqrt(2 * math.pi), (deviation / 25) ** 2 + zero**2 * (0.5 - 0.5 / math.pi)
     n = found.numel()

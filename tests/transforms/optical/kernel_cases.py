@@ -63,6 +63,25 @@ def case(
         torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-4)
 
 
+def not_a_number() -> None:
+    """One NaN among the operands is passed on, and what was seen is not finite: `settle` moves no range by it."""
+    left, right = torch.ones(2, 5, 37), torch.ones(23, 37)
+    left[1, 2, 3] = math.nan
+    ranges, knobs = torch.tensor(RANGES["known"]), torch.tensor([15.0, 99.0, 0.0])
+    expected, reach, _ = reference(left, right, ranges, knobs, None, How(True, None, False, None, True, False))
+    y, seen, _ = kernel.launch(
+        left, right, ranges, knobs, None,
+        linear=True, lut_min=None, gate=False, observe=True, eased=False, blocks=BLOCKS,
+    )  # fmt: skip
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert not seen.isfinite().all() and not reach[2].isfinite().all()
+    y, *_ = kernel.launch(
+        left[:0], right, ranges, knobs, None,
+        linear=True, lut_min=None, gate=False, observe=True, eased=False, blocks=BLOCKS,
+    )  # fmt: skip
+    assert y.shape == (0, 5, 23)
+
+
 def mend_the_interpreter() -> None:
     """Triton 3.7's interpreter holds bf16 as 16-bit integers, and multiplies those."""
     exact = InterpreterBuilder.create_dot
@@ -81,7 +100,9 @@ def main() -> None:
     mend_the_interpreter()
     torch.manual_seed(0)
     count = 0
-    for shapes, (name, dither) in itertools.product(LINEAR + BATCHED, itertools.product(RANGES, (True, False))):
+    ordinary = itertools.product(LINEAR + BATCHED, ("known", "above zero"), (True, False))
+    degenerate = itertools.product((LINEAR[1], BATCHED[2]), ("unknown", "no width"), (True, False))
+    for shapes, name, dither in itertools.chain(ordinary, degenerate):
         case(shapes, name, torch.float32, dither, dither, 0.0)
         count += 1
     for shapes, dtype in itertools.product((LINEAR[0], BATCHED[0]), (torch.bfloat16, torch.float16)):
@@ -91,6 +112,7 @@ def main() -> None:
     for shapes in (LINEAR[0], BATCHED[0]):
         case(shapes, "known", torch.float32, True, True, 0.375)
         count += 1
+    not_a_number()
     print(f"{count} cases equal")
 
 

@@ -46,6 +46,7 @@ def test_a_range_that_is_unknown_changes_nothing_and_one_without_width_gives_its
     x = torch.randn(3, 5)
     assert torch.equal(quantise(x, grid(*UNKNOWN, 16)), x)  # pyright: ignore[reportCallIssue]
     assert quantise(x, grid(0.5, 0.5, 16)).eq(0.5).all()
+    assert quantise(x, grid(0.0, 1e-37, 256)).eq(0.0).all(), "255 / 1e-37 is beyond fp32"
 
 
 def test_the_look_up_table_has_a_least_magnitude_on_each_side_and_a_zero() -> None:

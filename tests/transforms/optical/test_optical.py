@@ -19,6 +19,22 @@ from pipeline_lib.transforms.optical.compute import OpticalProduct
 from pipeline_lib.transforms.optical.settings import Settings
 from pipeline_lib.transforms.state import transform_state
 
+
+def crammed() -> torch.nn.Module:
+    """The crammed BERT of pipeline_lib."""
+    from pipeline_lib.models.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = CrammedBertForMaskedLM(CrammedBertConfig(**sizes, vocab_size=VOCAB))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)  # logits that depend on the layers
+    return model.eval()
+
+
+FAMILIES = {**MODELS, "crammed": crammed}
 FINE = {"type": "optical", "levels": 2**20, "lut_min": None}
 COARSE = {"type": "optical", "levels": 16}
 
@@ -30,10 +46,10 @@ def calibrated(model: Any, tokens: Tensor, settings: dict[str, Any]) -> Applied:
     return applied
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_fine_levels_the_model_computes_what_it_did(family: str, tokens: Tensor) -> None:
-    """Heads, grouped keys, positions and scale are where they were."""
-    model = MODELS[family]()
+    """Heads, grouped keys, positions and scale are where they were; attention drops nothing in evaluation."""
+    model = FAMILIES[family]()
     before = logits(model, tokens)
     calibrated(model, tokens, FINE)
     after = logits(model, tokens)
@@ -95,10 +111,10 @@ def test_torchtitans_model_sees_no_later_token_from_its_first_step_on(tokens: Te
         applied.settle()
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_seen(family: str, side: str, tokens: Tensor) -> None:
-    model = MODELS[family]()
+    model = FAMILIES[family]()
     mask = torch.ones_like(tokens)
     hidden = slice(0, 4) if side == "left" else slice(-4, None)
     mask[2, hidden] = 0
@@ -109,14 +125,16 @@ def test_padding_is_not_seen(family: str, side: str, tokens: Tensor) -> None:
     assert torch.equal(before[mask.bool()], after[mask.bool()])
 
 
-def test_decoding_with_a_cache_gives_each_token_its_own_noise(tokens: Tensor) -> None:
+@pytest.mark.parametrize("size", [1, 5])
+def test_decoding_with_a_cache_gives_each_token_its_own_noise(size: int, tokens: Tensor) -> None:
+    """Token by token, or several at once behind what is cached."""
     model: Any = llama()
     applied = calibrated(model, tokens, {**COARSE, "levels": 64})
     whole = logits(model, tokens)
     applied.context.begin(0, 0)
     cache, parts = None, []
-    for token in tokens.split(1, dim=1):
-        output = model(token, past_key_values=cache, use_cache=True)
+    for piece in tokens.split(size, dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         parts.append(output.logits)
     # A sum in another order may fall on the other side of a tie: few elements, by a level.
@@ -174,10 +192,12 @@ def test_an_uncalibrated_evaluation_says_what_to_do(tokens: Tensor) -> None:
     logits(model, tokens)
 
 
-def test_noise_differs_between_sites_steps_and_seeds(tokens: Tensor) -> None:
+def test_noise_differs_between_sites_steps_and_seeds_and_leaves_torchs_generator_alone(tokens: Tensor) -> None:
     model = llama()
     applied = calibrated(model, tokens, COARSE)
+    generator = torch.get_rng_state()
     first = logits(model, tokens)
+    assert torch.equal(torch.get_rng_state(), generator)
     assert torch.equal(first, logits(model, tokens))
     applied.context.begin(1, 0)
     assert not torch.equal(first, logits(model, tokens))
@@ -189,6 +209,67 @@ def test_noise_differs_between_sites_steps_and_seeds(tokens: Tensor) -> None:
     assert not torch.equal(first, logits(model, tokens))
     assert validate(Settings, COARSE, "x").random_faults
     assert not validate(Settings, {**COARSE, "dither": False}, "x").random_faults
+
+
+def test_products_and_layers_of_every_block_are_optical_and_heads_and_embeddings_are_not(tokens: Tensor) -> None:
+    from transformers import BertForSequenceClassification
+
+    encoder: Any = MODELS["bert"]()
+    classifier = BertForSequenceClassification(encoder.config)
+    for model, layers in ((llama(), 7), (encoder, 6), (classifier, 6), (crammed(), 6)):
+        report = apply(model, [COARSE], seed=0).report
+        assert report["histogram"] == {
+            "0:optical:linear:*.layer*.*": {"linear": 2 * layers},
+            "0:optical:product:*.layer*.*": {"product": 4},
+        }
+        assert all(".layer" in name for name in report["layers"])
+
+
+def test_scores_have_a_range_of_their_own_before_they_are_scaled(tokens: Tensor) -> None:
+    """As they are rounded; and it moves after the first step as well."""
+    model: Any = llama()
+    scores: list[Tensor] = []
+    applied = apply(model, [{**FINE, "smoothing": 0.5}], seed=0, global_batch=8)
+    product = next(p for p in products(applied) if p.site == "model.layers.0.self_attn.query_key")
+    product.register_forward_pre_hook(lambda _, given: scores.append(given[0] @ given[1]))
+    model.train()
+    for step in range(2):
+        applied.context.begin(step, 0)
+        logits(model, tokens)
+        before = product.ranges[2].clone()
+        applied.settle()
+        seen = torch.stack([scores[-1].min(), scores[-1].max()])
+        torch.testing.assert_close(product.ranges[2], seen if step == 0 else (before + seen) / 2, rtol=1e-3, atol=0)
+        model.model.layers[0].self_attn.q_proj.weight.data.mul_(3)
+
+
+def test_no_pass_and_no_settling_waits_for_the_device(tokens: Tensor) -> None:
+    """On the meta device whoever asks for a value gets an error, as a GPU would be waited for."""
+    model: Any = llama().train()
+    applied = apply(model, [{**COARSE, "gate": True, "ramp": {"steps": 5}}], seed=0, global_batch=8)
+    applied.context.begin(0, 0)
+    model.to("meta")
+    for name in ("step", "first_sequence", "position", "_keys"):
+        setattr(applied.context, name, getattr(applied.context, name).to("meta"))
+    logits(model, tokens.to("meta")).sum().backward()
+    applied.settle()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+if torch.cuda.is_available():  # elsewhere the test above says as much of the pass, and nothing of what precedes it
+
+    def test_nothing_in_a_step_waits_for_the_gpu(tokens: Tensor) -> None:
+        model: Any = llama().cuda().train()
+        applied = apply(model, [{**COARSE, "gate": True, "ramp": {"steps": 5}}], seed=0, global_batch=8)
+        given = tokens.cuda()
+        for step in range(4):
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # kernels are compiled before
+            try:
+                applied.context.begin(step, 0)
+                logits(model, given).sum().backward()
+                applied.settle()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_state_lives_under_transform_and_training_goes_on_from_it(tokens: Tensor) -> None:

@@ -13,7 +13,7 @@ from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.validate import validate
 from pipeline_lib.transforms.base import Draw, Site
 from pipeline_lib.transforms.optical import build
-from pipeline_lib.transforms.optical.compute import Optical, OpticalProduct
+from pipeline_lib.transforms.optical.compute import OpticalProduct
 from pipeline_lib.transforms.optical.product import How, observed, product
 from pipeline_lib.transforms.optical.settings import Settings
 
@@ -75,6 +75,15 @@ def test_passes_of_a_step_share_a_range_and_bad_values_move_none() -> None:
         compute.transform.settle()  # type: ignore[union-attr, operator]
         assert compute.ranges[0].tolist() == [-3.0, 1.0]
         assert compute.ranges.isfinite().all()
+
+
+def test_a_bias_is_exact_and_no_part_of_the_range() -> None:
+    compute, weight, x = made(levels=4, dither=False, lut_min=None), torch.eye(2), torch.tensor([[[-1.0, 1.0]]])
+    bias = torch.tensor([100.0, 0.123])
+    for _ in range(2):
+        assert torch.equal(compute(x, weight, bias), x + bias)
+        compute.transform.settle()  # type: ignore[union-attr, operator]
+    assert compute.ranges[2].tolist() == [-1.0, 1.0]
 
 
 def test_evaluation_moves_no_range() -> None:
@@ -158,20 +167,6 @@ def test_half_precision_sums_and_rounds_in_single(dtype: torch.dtype) -> None:
     assert y.eq(2).all(), "a range without width divides nothing by zero"
 
 
-def test_no_pass_waits_for_the_device() -> None:
-    """On the meta device whoever asks for a value gets an error, as a GPU would be waited for."""
-    compute = made("product", "x.query_key", gate=True, ramp={"steps": 5, "of": "noise"}).to("meta")
-    left, right = (torch.randn(2, 3, 4, 4, device="meta", requires_grad=True) for _ in "ab")
-    where = Draw(
-        *(torch.zeros((), dtype=torch.int64, device="meta") for _ in range(3)),
-        step=torch.zeros((), dtype=torch.int64, device="meta"),
-        strides=(1, 3),
-    )
-    compute(left, right, draw=where).sum().backward()
-    assert isinstance(compute.transform, Optical)
-    compute.transform.settle()
-
-
 def test_a_ramp_begins_gently_and_evaluation_has_full_strength() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(4, 16, 8), torch.randn(8, 8)
@@ -196,6 +191,7 @@ def test_a_ramp_begins_gently_and_evaluation_has_full_strength() -> None:
         ({"quantiles": [0.9, 0.1]}, "rising"),
         ({"lut_min": 1.5}, "less than 1"),
         ({"ramp": {"of": "levels"}}, "steps"),
+        ({"levels": 2**17, "ramp": {"steps": 9}}, "from_levels"),
         ({"sites": {"*": {"levels": 0}}}, "greater than or equal to 2"),
     ],
 )
