@@ -52,8 +52,8 @@ def several_nodes(stage, value):
 
 
 def slurm_only(**resources):
-    """Resources that nothing but Slurm reads: none where there is no Slurm, since Snakemake works each out for every job."""
-    return resources if wiring.slurm.is_here() else {}
+    """Resources that nothing but Slurm reads: none where nothing is for Slurm, as Snakemake works each out for every job."""
+    return resources if wiring.is_for_slurm(workflow) else {}
 
 
 NETWORK_IS_HERE = PLAN.config.cluster.network_stages == "here"

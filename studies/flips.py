@@ -31,7 +31,8 @@ RERUN_TOLERANCE = 1e-3
 RERUN_ERRORS = 4
 """Standard errors of the difference that are also allowed where exponents of activations flip: a sum that is rounded to
 the other side of a power of two has other exponent bits, and flips make of them another value. Weights changed by 1e-7
-of themselves moved such a loss by up to 8e-4, nearly as much as other faults do; a loss under flips of weights by 1e-6."""
+of themselves moved such a loss by up to 8e-4, nearly as much as other faults do, one under flips of weights by 1e-6.
+"""
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

@@ -213,6 +213,13 @@ def _is_at(job: slurm.Orphan, stages: set[str], node_id: str) -> bool:
     return bool(job.stages & stages) and (len(stages) > 1 or job.id in (node_id, None))
 
 
+def is_for_slurm(workflow: Any) -> bool:
+    """Whether this plan is for a Slurm: it is here, or the profile is a cluster's (no other says `nodes`), as it is
+    where somebody only looks at what a cluster would run."""
+    defaults = workflow.resource_settings.default_resources
+    return slurm.is_here() or (defaults is not None and "nodes" in defaults)
+
+
 def submits(workflow: Any) -> bool:
     """Whether this process submits jobs to Slurm."""
     plugin = workflow.executor_plugin

@@ -186,3 +186,20 @@ def test_what_an_earlier_run_left_behind_is_told(
 def test_alive(state: str, code: int, alive: bool, fake: Fake) -> None:
     fake.say("squeue", state, code)
     assert slurm.is_alive("7") is alive
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "defaults", "needed"),
+    [
+        ("/usr/bin/sbatch", {"mem_mb": 1}, True),  # submits, or is a job of one
+        (None, {"nodes": 1}, True),  # `-n --profile slurm` on a laptop shows what a cluster would be asked for
+        (None, {"mem_mb": 1}, False),
+        (None, None, False),
+    ],
+)
+def test_a_plan_for_slurm_holds_what_slurm_reads(
+    sbatch: str | None, defaults: dict[str, int] | None, needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: sbatch)
+    workflow = SimpleNamespace(resource_settings=SimpleNamespace(default_resources=defaults))
+    assert wiring.is_for_slurm(workflow) is needed
