@@ -1,6 +1,6 @@
 """Faults of a cluster, one after the other, in one pipeline; it ends in the digest of a run that nobody disturbed.
 
-    python -m studies.chaos [--faults 26] [--seed 0]
+    python -m studies.chaos [--faults 33] [--seed 0]
 
 A real Slurm is brought up on this machine (root). `nano` is trained clean, converted and evaluated through
 `--profile slurm`, in slots of two minutes, while its training meets one fault after the other: every kind of
@@ -173,6 +173,6 @@ if __name__ == "__main__":
         __doc__ or "",
         run,
         derive,
-        faults={"type": int, "default": 26, "help": "how many"},
+        faults={"type": int, "default": 33, "help": "how many; each kind comes three times"},
         seed={"type": int, "default": 0, "help": "of their order and times"},
     )
