@@ -27,7 +27,7 @@ def arm(resolver: Resolver, exp: Resolved, task: str, transform: list[dict[str, 
     checkpoint = resolver.checkpoint(exp)
     inputs = {"checkpoint": checkpoint}
     name = getattr(settings, "dataset", None)
-    if name is None and getattr(module, "OWN_DATASET", False):
+    if name is None and getattr(module, "TAKES_DATASET", False):
         name = resolver.dataset_of(exp)
     if name is not None:
         known(name, resolver.config.datasets, "datasets", f"{resolver.file}: tasks.{task}.dataset")

@@ -12,7 +12,7 @@ A task whose runs leave records beside their metrics (texts, a line a layer) als
     READABLE = ("jsonl", "md")                           # endings of readable files: results/<experiment>/<task>.md
     def readable(settings, arms) -> dict[str, str]       # ending → text; arms: {arm: {run: [record, …]}}
     REFERENCE = True                                     # a transformed arm reads the clean one, its input `clean`
-    OWN_DATASET = True                                   # without a dataset of its own it has the experiment's
+    TAKES_DATASET = True                                 # without a dataset of its own it takes the experiment's
 
 `readable` is given the arms of a result, `clean` and `transformed`, or `clean` and the points of a sweep; the runs of
 an arm are `clean`, or `seed-0`, `seed-1`, … for its fault seeds.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = 128
 """Sequences of a published micro-batch."""
-OWN_DATASET = True
+TAKES_DATASET = True
 """Without a dataset of the task's, the experiment's is evaluated on."""
 
 
