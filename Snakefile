@@ -4,7 +4,7 @@ from pathlib import Path
 from snakemake.utils import min_version
 
 sys.path.insert(0, str(workflow.basedir))
-from pipeline_lib.stages import wiring
+from pipeline_lib.stages import allocation, wiring
 
 min_version("9.27")
 

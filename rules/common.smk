@@ -12,7 +12,7 @@ def needs(stage):
     """Input function: the upstream manifests of a stage that do not exist yet."""
 
     def manifests(wildcards):
-        wiring.leave_cores_to_the_cluster(workflow)
+        allocation.leave_cores_to_the_cluster(workflow)
         return wiring.inputs(PLAN, stage, wildcards.id)
 
     return wiring.described(manifests)
@@ -20,27 +20,27 @@ def needs(stage):
 
 def run_setting(stage, key, default):
     """Resource function: an execution setting of the stage."""
-    return wiring.described(lambda wildcards: wiring.resource(PLAN, stage, wildcards.id, key, default))
+    return wiring.described(lambda wildcards: allocation.resource(PLAN, stage, wildcards.id, key, default))
 
 
 def memory(stage, key, default):
     """Resource function: MB, more after an attempt that was killed for want of it."""
-    return wiring.described(lambda wildcards: wiring.memory(PLAN, stage, wildcards.id, key, default))
+    return wiring.described(lambda wildcards: allocation.memory(PLAN, stage, wildcards.id, key, default))
 
 
 def gpus(stage):
     """Resource function: GPUs of a training, over all its nodes."""
-    return wiring.described(lambda wildcards: wiring.gpus(PLAN, stage, wildcards.id))
+    return wiring.described(lambda wildcards: allocation.gpus(PLAN, stage, wildcards.id))
 
 
 def one_gpu(stage):
     """Resource function: one GPU where the experiment's training has any."""
-    return wiring.described(lambda wildcards: min(1, wiring.resource(PLAN, stage, wildcards.id, "gpus", 0)))
+    return wiring.described(lambda wildcards: min(1, allocation.resource(PLAN, stage, wildcards.id, "gpus", 0)))
 
 
 def slurm_options(stage):
     """Resource function: further options of sbatch."""
-    return wiring.described(lambda wildcards: wiring.slurm_options(PLAN, workflow, stage, wildcards.id))
+    return wiring.described(lambda wildcards: allocation.slurm_options(PLAN, workflow, stage, wildcards.id))
 
 
 def several_nodes(stage, value):
@@ -48,12 +48,12 @@ def several_nodes(stage, value):
 
     The executor's word for 'the command starts its own tasks' is mpi: ours starts one torchrun on each node.
     """
-    return wiring.described(lambda wildcards: value if wiring.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else "")
+    return wiring.described(lambda wildcards: value if allocation.resource(PLAN, stage, wildcards.id, "nodes", 1) > 1 else "")
 
 
 def slurm_only(**resources):
     """Resources that nothing but Slurm reads: none where nothing is for Slurm, as Snakemake works each out for every job."""
-    return resources if wiring.is_for_slurm(workflow) else {}
+    return resources if allocation.is_for_slurm(workflow) else {}
 
 
 NETWORK_IS_HERE = PLAN.config.cluster.network_stages == "here"

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline_lib.artifacts.locks import exclusive
 from pipeline_lib.config.plan import Plan
-from pipeline_lib.stages import attempts, wiring
+from pipeline_lib.stages import allocation, attempts, wiring
 from tests.conftest import ROOT
 
 NAME = "train--pretrain-plain-0123456789ab"
@@ -102,8 +102,8 @@ def test_a_job_that_lives_on_raises_no_memory(work: Path) -> None:
     """What waits for the job of a killed orchestrator asks for the memory of a first try."""
     plan = Plan.load(str(ROOT / "config.yaml"))
     name = NAME.removeprefix("train--")
-    assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 1000
+    assert allocation.memory(plan, "train", name, "mem_mb", 1000) == 1000
     attempts.begin(work)
     with exclusive(work.with_name(f"{NAME}.lock"), "x"):
-        assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 1000
-    assert wiring.memory(plan, "train", name, "mem_mb", 1000) == 2000
+        assert allocation.memory(plan, "train", name, "mem_mb", 1000) == 1000
+    assert allocation.memory(plan, "train", name, "mem_mb", 1000) == 2000

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline_lib.config.plan import Plan
-from pipeline_lib.stages import slurm, wiring
+from pipeline_lib.stages import allocation, slurm, wiring
 from tests.conftest import ROOT
 
 TRAIN = "rule_train_wildcards_pretrain-plain-0123456789ab"
@@ -145,11 +145,11 @@ def test_a_new_job_waits_for_all_that_are_at_its_artifact(monkeypatch: pytest.Mo
         slurm.Orphan("11", frozenset(["train"]), names[0], "ENDED"),
     ]
     plan = Plan.load(str(ROOT / "config.yaml"))
-    monkeypatch.setattr(wiring, "_left_behind", lambda: left)
+    monkeypatch.setattr(allocation, "left_behind", lambda: left)
     monkeypatch.setattr(slurm, "is_alive", lambda job: job != "11")
 
     def options(workflow: Workflow, stage: str, name: str) -> str:
-        return wiring.slurm_options(plan, workflow, stage, name)
+        return allocation.slurm_options(plan, workflow, stage, name)
 
     assert options(Workflow(), "train", names[0]) == "--dependency=afterany:7:8"
     assert options(Workflow(), "train", names[1]) == "--dependency=afterany:9"
@@ -171,7 +171,7 @@ def test_what_an_earlier_run_left_behind_is_told(
         slurm.Orphan("9", frozenset(["tokenizer", "tokens"]), None, "RUNNING"),
     ]
     asked: dict[str, object] = {f"results/store/{path}": None for path in ("train/a-0123456789ab", "tokens/c-00")}
-    monkeypatch.setattr(wiring, "_left_behind", lambda: left)
+    monkeypatch.setattr(allocation, "left_behind", lambda: left)
     monkeypatch.setattr(wiring, "_asked", asked)
     wiring.tell_left_behind()
     one, other, group = capsys.readouterr().err.splitlines()
@@ -202,4 +202,4 @@ def test_a_plan_for_slurm_holds_what_slurm_reads(
 ) -> None:
     monkeypatch.setattr(slurm.shutil, "which", lambda name: sbatch)
     workflow = SimpleNamespace(resource_settings=SimpleNamespace(default_resources=defaults))
-    assert wiring.is_for_slurm(workflow) is needed
+    assert allocation.is_for_slurm(workflow) is needed
