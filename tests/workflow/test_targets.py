@@ -298,6 +298,7 @@ def test_slurm_profile_submits_with_what_the_config_asks_for(nodes: int, copied:
     assert words[words.index("-t") + 1] == "77"
     assert words[words.index("--mem") + 1] == "1234"
     assert {f"--gpus={3 * nodes}", f"--nodes={nodes}", "--cpus-per-task=301", "--requeue"} <= set(words)
+    assert "--ntasks-per-gpu" not in before_wrapped, "or Slurm would start the script once a GPU"
     several = {"--gpus-per-node=3", "--ntasks=2"}  # one task a node: torchrun starts the ranks
     assert several & set(words) == (several if nodes == 2 else set())
     assert "--cores 'all'" in wrapped
