@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+_TRUTH = PydanticCustomError("truth_value", "true or false where another value is expected")
 
 
 class Settings(BaseModel):
@@ -15,6 +18,21 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        """`seed: yes` would be 1: to YAML yes, no, on and off are truth values, and Python takes those for numbers."""
+        wrong = [
+            InitErrorDetails(type=_TRUTH, loc=(key,), input=value)
+            for key, value in (given.items() if isinstance(given, dict) else ())
+            if isinstance(value, bool)
+            and key in cls.model_fields
+            and not _admits_bool(cls.model_fields[key].annotation)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return given
 
     def semantic(self) -> dict[str, Any]:
         """The settings as plain JSON values, without the operational ones and `added` ones at their default."""
@@ -37,6 +55,10 @@ def added(default: Any, description: str, **constraints: Any) -> Any:
 def operational(default: Any, description: str, **constraints: Any) -> Any:
     """A field that changes how a stage runs (devices, logging, batching) but never its result."""
     return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
+
+
+def _admits_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or isinstance(annotation, bool) or any(map(_admits_bool, get_args(annotation)))
 
 
 def _prune(value: Any) -> Any:

@@ -40,7 +40,7 @@ class Sharing:
         if global_batch % (micro * world):
             raise UserError(
                 f"the global batch is not a multiple of ranks × micro-batch ({world} × {micro})",
-                where="run.micro_batch" if execution.get("micro_batch") else "run.processes",
+                where="run.micro_batch" if execution.get("micro_batch") else "run.cpu_processes",
                 value=micro if execution.get("micro_batch") else world,
                 allowed=f"numbers whose product divides global_batch {global_batch}",
                 fix="change micro_batch or the number of processes; the global batch is part of the experiment",

@@ -257,7 +257,7 @@ def test_a_share_that_does_not_fit_is_refused() -> None:
     assert Sharing.of(8, {"micro_batch": None}, 0, 2).micro_batch == 4
     with pytest.raises(UserError, match=r"run\.micro_batch.*\n.*value: +3\n.*divides global_batch 8"):
         Sharing.of(8, {"micro_batch": 3}, 0, 1)
-    with pytest.raises(UserError, match=r"run\.processes"):
+    with pytest.raises(UserError, match=r"run\.cpu_processes"):
         Sharing.of(8, {}, 0, 3)
 
 
