@@ -17,7 +17,8 @@ from tests.workflow.clone import ROOT, Clone
 
 def test_the_demos_plain_half(slurm: MiniSlurm, tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
-    config["models"]["nano"]["run"].update(eval_mem_mb=3000)  # one thread: two wait for each other where cores are shared
+    # One thread, as configured: two would wait for each other where cores are shared.
+    config["models"]["nano"]["run"].update(eval_mem_mb=3000)
     run = Run(slurm, tmp_path / "clone", "cpu", config)
     target = "results/plain-nano/pydocs.json"
     run.start(target)
