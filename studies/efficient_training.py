@@ -5,7 +5,7 @@
 Every method trains `bert-nano` on `pydocs` at two budgets of reference hours and with every seed; then the loss on
 held-out text is taken and the encoder is fine-tuned on a small classification that the tests make, from a hub on
 loopback. Of the planted methods `planted-better` takes three steps for the price of one and `planted-worse` pays for
-each step four times; `planted-slightly-better` and `planted-slightly-worse` end little more than δ away from the
+each step four times; `planted-slightly-better` and `planted-slightly-worse` end about δ away from the
 baseline. A comparison that does not call them better and worse has said nothing about the others. Artifacts are kept in
 results/studies/efficient-training/ (given again, it goes on where it stopped). Writes studies/efficient_training.json,
 its page and its pictures.

@@ -13,6 +13,7 @@ what is made beside them at the tightest of these moments:
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -170,12 +171,13 @@ def activations(
         kind = next(model.parameters()).device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         found = (module, [_detached(a) for a in args], {k: _detached(v) for k, v in kwargs.items()}, kind, half)
-        seen.setdefault("block", found)
+        seen["block"] = found  # of the last that runs: methods leave some out
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         seen["logits"] = output.logits.numel()
 
-    handles = [layers[-1].register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles.append(model.register_forward_hook(after))
     try:
         with _Kept(model) as whole:
             loss = forward()
@@ -271,6 +273,7 @@ def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
 
     On CUDA the allocator keeps count; on a CPU torch's profiler sees each allocation.
     """
+    gc.collect()  # garbage of before, collected meanwhile, would count as memory that `work` gave back
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

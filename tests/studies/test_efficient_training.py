@@ -38,11 +38,11 @@ def test_the_planted_methods_come_out_as_they_must(study: dict[str, Any]) -> Non
 
 
 def test_the_slight_ones_are_of_the_size_of_delta(study: dict[str, Any]) -> None:
-    """Little more than the smallest difference that matters, so their verdicts are no matter of course."""
+    """About the smallest difference that matters, so their verdicts are no matter of course."""
     delta = MEASURES[0]["delta"]
     for cell in compared(study).cells:
         if cell.arm.startswith("planted-slightly") and cell.task == LOSS and cell.against:
-            assert delta <= abs(cell.against.difference) < 1.6 * delta, (cell.arm, cell.column)
+            assert 0.9 * delta <= abs(cell.against.difference) < 1.6 * delta, (cell.arm, cell.column)
 
 
 def test_every_arm_was_charged_the_same_budget(study: dict[str, Any]) -> None:
