@@ -1,4 +1,4 @@
-"""As the baseline, but with a loss that is higher by little more than δ."""
+"""As the baseline, but with a loss that is higher by about δ."""
 
 from __future__ import annotations
 
