@@ -65,9 +65,9 @@ the baseline's neither. Where the power to see δ is low, as stated under each t
 
 `planted-better` takes three steps for the price of one, `planted-worse` pays for each step four times.
 `planted-slightly-better` and `-worse` are the baseline, moved along a line in the space of weights until the
-validation loss is {shift:g} lower or higher; the loss judged here is that of other windows of text, where this comes to
-about δ. These two differ from the baseline by next to nothing else, so they show what a verdict makes of an effect of δ;
-how often it is seen among differences as noisy as those of the other methods is the power under each table.
+validation loss is {shift:g} lower or higher; the loss judged here is that of other windows of text, where this comes
+to about δ. These two differ from the baseline by next to nothing else, so they show what a verdict makes of an effect
+of δ; how often it is seen among differences as noisy as those of the other methods is the power under each table.
 
 {planted}
 {sections}
