@@ -15,7 +15,7 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     Not `durable`: a power failure may lose the new bytes; for what the next plan writes again anyway.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         if durable:

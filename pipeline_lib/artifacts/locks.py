@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from pipeline_lib.artifacts.progress import say
 
+POLL_S = 0.2
 _HELD: list[IO[str]] = []  # the orchestrator's lock lives as long as the process
+
+
+class Busy(Exception):
+    """Another process still holds a lock for which one had only so much patience."""
 
 
 def _owner() -> str:
@@ -27,30 +34,44 @@ def _take(file: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[IO[str]]:
+def exclusive(path: Path, what: str, patience_s: float = math.inf) -> Iterator[IO[str]]:
     """Hold the lock file `path`; wait, and say so, while another process holds it.
 
     Yields the open file: a worker process that inherits its descriptor keeps the lock until it ends too.
+
+    Raises:
+        Busy: it was not free within `patience_s` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        end = time.monotonic() + patience_s
+        waits = False
+        while not _try(file):
             file.seek(0)
-            say(f"{what}: another process ({file.read().strip()}) is at it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            holder = f"another process ({file.read().strip()}) is at it"
+            if not waits:
+                say(f"{what}: {holder}; waiting")
+            waits = True
+            if time.monotonic() >= end:
+                raise Busy(f"{what}: {holder} for more than {patience_s:.0f} s")
+            time.sleep(POLL_S)
         _take(file)
         yield file
+
+
+def _try(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def try_hold(path: Path) -> str | None:
     """Hold `path` for the life of this process; None, or who holds it already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115  (kept open on purpose)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _try(file):
         file.seek(0)
         holder = file.read().strip()
         file.close()
@@ -65,8 +86,4 @@ def is_held(path: Path) -> bool:
     if not path.exists():
         return False
     with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _try(file)

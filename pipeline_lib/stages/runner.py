@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline_lib.artifacts.files import read_json, write_json
 from pipeline_lib.artifacts.job import Job
-from pipeline_lib.artifacts.locks import exclusive
+from pipeline_lib.artifacts.locks import Busy, exclusive
 from pipeline_lib.artifacts.progress import say
 from pipeline_lib.artifacts.provenance import provenance
 from pipeline_lib.artifacts.store import (
@@ -36,6 +37,8 @@ from pipeline_lib.stages import attempts, slurm
 from pipeline_lib.stages.devices import claim_gpus, processes
 
 EXIT_DAMAGED_INPUT, EXIT_STOPPED = 65, 75
+PATIENCE_S = 60.0
+"""How long a job of a cluster waits for one that is at the same artifact, before it gives its node back for a while."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -57,23 +60,33 @@ def read_spec(stage: str, node_id: str) -> dict[str, Any]:
 def run_stage(manifest: Path, threads: int | None = None) -> int:
     """Make (or adopt) the artifact whose manifest is `manifest`; returns the exit code."""
     artifact = manifest.parent
-    stage, spec = artifact.parent.name, read_spec(artifact.parent.name, artifact.name)
+    spec = read_spec(artifact.parent.name, artifact.name)
     signal.signal(signal.SIGTERM, _stop)
-    with exclusive(lock_file(artifact), str(artifact)) as lock:
-        os.set_inheritable(lock.fileno(), True)  # a worker that outlives this process keeps the lock
-        if adopt(artifact, spec["fingerprint"]):
-            return 0
-        if stage == "sweep":
-            from pipeline_lib.stages.cells import make_missing_cells
+    patience = PATIENCE_S if slurm.job_id() else math.inf
+    try:
+        with exclusive(lock_file(artifact), str(artifact), patience) as lock:
+            os.set_inheritable(lock.fileno(), True)  # a worker that outlives this process keeps the lock
+            return _adopt_or_make(artifact, spec, threads)
+    except (Busy, Stopped) as stop:  # before the stage's own code began; `make` answers for that
+        say(str(stop))
+        slurm.requeue()
+        return EXIT_STOPPED
 
-            code = make_missing_cells(spec, threads)
-            if code:
-                return code
-        try:
-            inputs = verified_inputs(spec)
-        except Damaged:
-            return EXIT_DAMAGED_INPUT
-        return make(artifact, spec, inputs, threads)
+
+def _adopt_or_make(artifact: Path, spec: dict[str, Any], threads: int | None) -> int:
+    if adopt(artifact, spec["fingerprint"]):
+        return 0
+    if spec["stage"] == "sweep":
+        from pipeline_lib.stages.cells import make_missing_cells
+
+        code = make_missing_cells(spec, threads)
+        if code:
+            return code
+    try:
+        inputs = verified_inputs(spec)
+    except Damaged:
+        return EXIT_DAMAGED_INPUT
+    return make(artifact, spec, inputs, threads)
 
 
 def _stop(_signal: int, _frame: object) -> None:

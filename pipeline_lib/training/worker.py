@@ -43,7 +43,7 @@ def main(job_file: Path) -> int:
     die_with_parent()
     remember_sigterm()
     job = Job.load(job_file)
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # on every node: rank 0's may not be the one that reads it
     from pipeline_lib.training import distributed
     from pipeline_lib.training.run import run_rank
 
@@ -52,6 +52,8 @@ def main(job_file: Path) -> int:
     except Stopped as stop:
         if first:
             write_json(job.work / STOPPED_FILE, {"message": str(stop)})
+        distributed.barrier()  # a rank that has ended ends the others: on other nodes srun kills them at once
+        distributed.stop()
         return STOPPED_EXIT
     except UserError as error:
         write_json(job.work / FAILURE_FILE, {"message": str(error)})

@@ -24,8 +24,10 @@ def scancel(run: Run) -> None:
 
 
 def rejected(run: Run) -> None:
-    """Somebody cancels the job, and Slurm refuses the next one."""
+    """Somebody cancels the job, and what a killed Snakemake left waiting behind it; Slurm refuses the next one."""
     with run.failing("sbatch", times=1):
+        for job in run.waiting():
+            run.slurm.run("scancel", job)
         scancel(run)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from pipeline_lib.artifacts.files import sha256_file
+from pipeline_lib.artifacts.files import read_json, sha256_file
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.stages.wiring import freeze
 from tests.cluster.minislurm import MiniSlurm, wait
@@ -79,6 +79,8 @@ class Run:
             plan.view(f"results/{next(iter(config['experiments']))}/{next(iter(config['tasks']))}.json")
             for node in plan.nodes.values():
                 freeze(node)
+        execution = next(node.execution for node in plan.nodes.values() if node.stage == "train")
+        self.ranks = execution.get("nodes", 1) * execution.get("cpu_processes", 1)
         self.target = next(f"{node.path}/manifest.json" for node in plan.nodes.values() if node.stage == "train")
         self.process: subprocess.Popen[bytes] | None = None
         self.held: list[psutil.Process] = []
@@ -146,7 +148,8 @@ class Run:
                 self.slurm.start_now()
                 found = self.training()
             time.sleep(0.02)
-        found[0].suspend()
+        for process in found:
+            process.suspend()
         self.held = found
 
     def go_on(self) -> None:
@@ -157,13 +160,14 @@ class Run:
         self.held = []
 
     def training(self) -> list[psutil.Process]:
-        """The process that trains (in these tests it is the stage's own), where there is one."""
+        """The processes of the job that trains: the stage's own, or of a training with several its ranks."""
+        words = {"pipeline_lib.training.worker"} if self.ranks > 1 else {"pipeline_lib", "stage", self.target}
+        found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                words = {"pipeline_lib", "stage", self.target}
+            with contextlib.suppress(psutil.Error, ValueError):  # no note yet
                 if words <= set(process.cmdline()) and Path(process.cwd()) == self.clone.root:
-                    return [process]
-        return []
+                    found += [process] if process.environ().get("SLURM_JOB_ID") == self.job() else []
+        return found if len(found) >= self.ranks else []
 
     def said(self) -> str:
         """What Snakemake has printed so far."""
@@ -193,11 +197,15 @@ class Run:
         """Whether Snakemake has ended."""
         return self.process is not None and self.process.poll() is not None
 
-    def job(self, rule: str = "train") -> str:
-        """The running job of a rule in this clone."""
-        shown = self.slurm.run("squeue", "-h", "-t", "RUNNING", "-o", "%i|%Z|%k").splitlines()
-        jobs = [line.split("|") for line in shown]
-        return next(job for job, folder, comment in jobs if folder == str(self.clone.root) and f"_{rule}_" in comment)
+    def job(self) -> str:
+        """The job that trains, as its stage noted; another may wait for its end."""
+        [note] = (self.clone.root / "results" / "work").glob("train--*/attempt.json")
+        return read_json(note)["job"]
+
+    def waiting(self) -> list[str]:
+        """Jobs of this clone that wait in the queue."""
+        shown = self.slurm.run("squeue", "-h", "-t", "PENDING", "-o", "%i|%Z").splitlines()
+        return [job for job, folder in (line.split("|") for line in shown) if folder == str(self.clone.root)]
 
     def state(self, job: str) -> str:
         """Slurm's word for a job's state."""

@@ -7,9 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from pipeline_lib.artifacts.files import read_json
+from tests.cluster import faults
 from tests.cluster.minislurm import MiniSlurm, wait
 from tests.cluster.run import CONFIG, RESULT, Run
 from tests.workflow.clone import ROOT, Clone
@@ -33,18 +35,26 @@ def test_the_demos_plain_half(slurm: MiniSlurm, tmp_path: Path) -> None:
     assert any(c.startswith("rule_train_wildcards_pretrain-plain-") and "experiment plain-nano" in c for c in ours)
 
 
-def test_two_nodes_of_two_processes(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path) -> None:
-    """One torchrun a node, FSDP over gloo: the same training but for the order of sums."""
+@pytest.mark.xdist_group("pair")  # one after the other: both take the same nodes
+@pytest.mark.parametrize("fault", ["time limit", "preempted"])
+def test_two_nodes_of_two_processes(slurm: MiniSlurm, undisturbed: Clone, tmp_path: Path, fault: str) -> None:
+    """One torchrun a node, FSDP over gloo: the same training but for the order of sums, in two slots."""
     config = copy.deepcopy(CONFIG)
     config["models"]["tiny"]["recipe"]["pretrain"]["steps"] = 40
-    config["models"]["tiny"]["run"].update(nodes=2, cpu_processes=2, threads=2)
+    config["models"]["tiny"]["run"].update(nodes=2, cpu_processes=2, threads=2, runtime_min=2)
     run = Run(slurm, tmp_path / "clone", "pair", config, undisturbed)
     run.start()
-    run.finish()
+    run.hold(5)
+    job = run.job()
+    faults.FAULTS[fault](run)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")  # no further slot
+    said = run.finish()
     training = (run.clone.root / run.target).parent
     assert read_json(training / "train.json")["provenance"]["processes"] == 4
-    [job] = run.jobs_submitted()
+    assert run.jobs_submitted() == [job], f"it should have requeued itself\n{said}\n{run.log()}"
     assert slurm.field(job, "NumNodes") == "2"
+    [resumed], [stopped] = run.resumed_from(), re.findall(r"stopped after step (\d+)", run.log())
+    assert resumed == int(stopped), "no step is lost"
     [alone] = (undisturbed.root / "results" / "store" / "train").iterdir()
     lines = [(path / "log" / "metrics.jsonl").read_text().splitlines() for path in (training, alone)]
     losses = [{row["step"]: row["loss"] for row in map(json.loads, own)} for own in lines]

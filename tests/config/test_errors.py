@@ -179,9 +179,7 @@ def test_through_snakemake_within_seconds(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 12
     assert not (tmp_path / "results" / "store").exists()
-    assert (
-        seconds < 6
-    )  # of a processor, whatever else the machine does; 3 s when it is idle, mostly Snakemake's own start
+    assert seconds < 6  # of a processor; 3 s on an idle machine, mostly Snakemake's own start
 
 
 def test_json_schema_is_current() -> None:

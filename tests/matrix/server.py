@@ -6,6 +6,7 @@ goes out.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -21,15 +22,17 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
 from pipeline_lib.artifacts.provenance import commit
+from pipeline_lib.config.stages import STAGES
 from pipeline_lib.evaluation import sequences  # noqa: F401
-from pipeline_lib.stages import (
-    runner,
-)
+from pipeline_lib.stages import runner
 from pipeline_lib.training import hf, loop  # noqa: F401
 from pipeline_lib.training.titan import device
 
 device.prepare()  # torchtitan looks for a device when it is imported
 import pipeline_lib.training.titan.trainer  # noqa: E402, F401
+
+for _name in STAGES:
+    importlib.import_module(f"pipeline_lib.stages.{_name}")
 
 
 def stage(manifest: str, die_after_step: int | None, seals: str) -> int:

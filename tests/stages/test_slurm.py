@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from pipeline_lib.artifacts.locks import exclusive
 from pipeline_lib.config.plan import Plan
-from pipeline_lib.stages import allocation, slurm, wiring
+from pipeline_lib.stages import allocation, runner, slurm, wiring
 from tests.conftest import ROOT
 
 TRAIN = "rule_train_wildcards_pretrain-plain-0123456789ab"
@@ -47,6 +50,24 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 PREEMPTED = "JobState=COMPLETING Reason=None PreemptEligibleTime=2026-11-29T03:56:28 PreemptTime=2026-11-29T03:56:30"
 """As Slurm 22.05 shows a job while it stops for a preemption after which it is not put back (PreemptMode=CANCEL)."""
 CANCELLED = "JobState=COMPLETING Reason=None PreemptEligibleTime=2026-11-29T03:56:31 PreemptTime=None"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_job_whose_artifact_another_is_at_gives_its_node_back(
+    stopped: bool, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After some patience; and when Slurm stops it while it waits."""
+    fake.say("scontrol", "JobState=RUNNING Reason=None PreemptTime=None")
+    artifact = fake.folder / "results" / "store" / "train" / "a-0123456789ab"
+    monkeypatch.setattr(runner, "read_spec", lambda stage, name: {"stage": stage, "fingerprint": "f"})
+    monkeypatch.setattr(runner, "lock_file", lambda path: fake.folder / "a.lock")
+    monkeypatch.setattr(runner, "PATIENCE_S", 60.0 if stopped else 0.3)
+    if stopped:
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with exclusive(fake.folder / "a.lock", "x"):
+        assert runner.run_stage(artifact / "manifest.json") == runner.EXIT_STOPPED
+    assert fake.calls("scontrol") == ["show job 42 --oneliner", "requeue 42"]
+    assert "another process (pid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "words"), [(0, "requeued"), (1, "could not be requeued")])

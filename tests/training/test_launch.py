@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,27 @@ try:
 except Stopped as stop:
     print(stop)
     sys.exit(75)
+"""
+
+STOPPED_RANK = """
+import sys, time
+from pathlib import Path
+from pipeline_lib.artifacts.job import Job
+from pipeline_lib.config.errors import Stopped
+from pipeline_lib.training import distributed, run, worker
+
+def stop(job):
+    distributed.start()
+    raise Stopped("asked to")
+
+def slowly(path, value, write=worker.write_json):
+    time.sleep(1)
+    write(path, value)
+
+run.run_rank, worker.write_json = stop, slowly
+code = worker.main(Path(sys.argv[1]))
+assert (Job.load(Path(sys.argv[1])).work / worker.STOPPED_FILE).exists(), "ended before all had told"
+sys.exit(code)
 """
 
 
@@ -113,6 +135,23 @@ def test_a_workers_user_error_reaches_the_stage(bench: Bench) -> None:
     work = bench.fresh("wrong", processes=2, micro_batch=3)
     with pytest.raises(UserError, match="not a multiple of ranks × micro-batch"):
         launch.launch(Job.load(work / "job.json"))
+
+
+def test_no_rank_ends_before_the_stop_is_noted(bench: Bench) -> None:
+    """On several nodes the end of one's ranks is the end of all others."""
+    work = bench.fresh("noted")
+    command = [sys.executable, "-c", STOPPED_RANK, str(work / "job.json")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    assert [rank.wait(90) for rank in ranks] == [75, 75]
 
 
 def test_several_nodes_need_slurm(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
