@@ -77,11 +77,11 @@ class Run:
         with contextlib.chdir(root):
             plan = Plan.load()
             plan.view(f"results/{next(iter(config['experiments']))}/{next(iter(config['tasks']))}.json")
-            for node in plan.nodes.values():
-                freeze(node)
-        execution = next(node.execution for node in plan.nodes.values() if node.stage == "train")
-        self.ranks = execution.get("nodes", 1) * execution.get("cpu_processes", 1)
-        self.target = next(f"{node.path}/manifest.json" for node in plan.nodes.values() if node.stage == "train")
+            for planned in plan.nodes.values():
+                freeze(planned)
+        train = next(planned for planned in plan.nodes.values() if planned.stage == "train")
+        self.ranks = train.execution.get("nodes", 1) * train.execution.get("cpu_processes", 1)
+        self.target = f"{train.path}/manifest.json"
         self.process: subprocess.Popen[bytes] | None = None
         self.held: list[psutil.Process] = []
         self.output = root / "output"
