@@ -34,8 +34,6 @@ AWAY = 10
 """Steps beyond the fault after which the training counts as going on."""
 MEANWHILE = 120
 """Steps that the training may do during a fault that does not stop it."""
-YOUNGER = {"sbatch rejects", "preempted for good", "time limit"}
-"""Kinds of fault that the committed run is older than: the cluster tests meet them, it did not."""
 
 
 def config(steps: int) -> dict[str, Any]:
@@ -150,13 +148,15 @@ training was {away} steps beyond it. It holds what the executor takes to notice 
 every 180 s), the start of two nested Snakemakes and of torch, but not the two minutes that Slurm makes a requeued job
 wait, which the study lifts. {where} The digest is `{digest}`.
 
-`make chaos` makes the study again; the cluster tests repeat each kind of fault.{younger}
+A job that is preempted for good (`PreemptMode=CANCEL`) requeues itself; where an earlier kill of Snakemake left another job
+waiting for its end, that one takes over ("submitted again").
+
+`make chaos` makes the study again; the cluster tests repeat each kind of fault.
 """
 
 
 def derive(study: dict[str, Any]) -> dict[str, str]:
     """The study's page, from its JSON alone."""
-    missing = YOUNGER - {row["fault"] for row in study["faults"]}
     page = PAGE.format(
         every=study["settings"]["checkpoint_every"],
         count=len(study["faults"]),
@@ -164,9 +164,6 @@ def derive(study: dict[str, Any]) -> dict[str, str]:
         resumed=sum(row["resumed_at"] is not None for row in study["faults"]),
         faults=table(study["faults"], ["fault", "step", "outcome", "resumed_at", "steps_lost", "seconds"]),
         away=AWAY,
-        younger=f" Kinds that are younger than this run, and met by them alone: {', '.join(sorted(missing))}."
-        if missing
-        else "",
         where=where(study),
         **{key: study[key] for key in ("disturbed_s", "undisturbed_s", "jobs", "digest")},
     )
