@@ -148,8 +148,8 @@ training was {away} steps beyond it. It holds what the executor takes to notice 
 every 180 s), the start of two nested Snakemakes and of torch, but not the two minutes that Slurm makes a requeued job
 wait, which the study lifts. {where} The digest is `{digest}`.
 
-A job that is preempted for good (`PreemptMode=CANCEL`) requeues itself; where an earlier kill of Snakemake left another job
-waiting for its end, that one takes over ("submitted again").
+A job that is preempted for good (`PreemptMode=CANCEL`) requeues itself; where an earlier kill of Snakemake left another
+job waiting for its end, that one takes over ("submitted again").
 
 `make chaos` makes the study again; the cluster tests repeat each kind of fault.
 """

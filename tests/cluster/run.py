@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from pipeline_lib.artifacts.files import read_json, sha256_file
+from pipeline_lib.artifacts.files import read_json, sha256_file, write_bytes
 from pipeline_lib.config.plan import Plan
 from pipeline_lib.stages.wiring import freeze
 from tests.cluster.minislurm import MiniSlurm, wait
@@ -41,7 +41,7 @@ Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda se
 main()
 """
 FAILS_WHEN_TOLD = """#!/bin/sh
-[ -e "{switch}" ] || exec {command} "$@"
+[ -e "{switch}" ] && [ "$(wc -l < "{switch}")" -le "$(head -n 1 "{switch}")" ] || exec {command} "$@"
 echo "{name} $*" >> "{switch}"
 echo "{name}: error: told to fail" >&2
 exit 1
@@ -121,16 +121,16 @@ class Run:
         self.process.wait()
 
     def switch(self, command: str) -> Path:
-        """The file that lets a Slurm command fail while it exists; each failure adds a line."""
+        """The file that lets a Slurm command fail: how often, and a line for each time that it did."""
         return self.clone.root / f"{command}-fails"
 
     @contextlib.contextmanager
     def failing(self, command: str, times: int) -> Iterator[None]:
-        """Let a command of this clone's Snakemake fail until it has done so `times` times."""
+        """Let the next `times` calls of a command by this clone's Snakemake fail, and wait for them."""
         switch = self.switch(command)
-        switch.touch()
+        write_bytes(switch, f"{times}\n".encode())
         yield
-        assert wait(lambda: len(switch.read_text().splitlines()) >= times, 120), f"{command} was hardly called"
+        assert wait(lambda: len(switch.read_text().splitlines()) > times, 120), f"{command} was hardly called"
         switch.unlink()
 
     def hold(self, step: int, seconds: float = 300) -> None:

@@ -98,7 +98,11 @@ class Clone:
             if name and not name.startswith(("tests/", "docs/", ".git")) and (ROOT / name).is_file():
                 target = root / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, target)
+                shutil.copy2(ROOT / name, target)
+                for compiled in (ROOT / name).parent.glob(f"__pycache__/{target.stem}.*.pyc"):
+                    beside = target.parent / "__pycache__"
+                    beside.mkdir(exist_ok=True)
+                    shutil.copy2(compiled, beside / compiled.name)
         clone = Clone(root)
         clone.write_config(config or TINY)
         write_words(root / "data")
