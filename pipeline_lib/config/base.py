@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+PluginSettings = dict[str, Any]
+
+
+def _named(given: Any) -> Any:
+    if isinstance(given, dict):
+        for name, settings in given.items():
+            if not isinstance(settings, dict | None):
+                raise ValueError(f"the settings of {name} are no mapping: give {{{name}: {{setting: value}}}}")
+        return {name: settings or {} for name, settings in given.items()}  # `bitflip:` with nothing below it
+    if given is not None and not isinstance(given, str):
+        raise ValueError("give a name, or {name: {setting: value}}")
+    return given
+
+
+Named = Annotated[str | dict[str, PluginSettings], BeforeValidator(_named)]
+"""Plug-ins by name, as they are in config.yaml or with settings of their own."""
 
 _TRUTH = PydanticCustomError("truth_value", "true or false where another value is expected")
 

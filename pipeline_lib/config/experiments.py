@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline_lib.config.base import Settings
+from pipeline_lib.config.compositions import check_composition
 from pipeline_lib.config.errors import UserError, closest, known
 from pipeline_lib.config.load import merge
 from pipeline_lib.config.registry import RECIPES, TRANSFORMS
@@ -105,6 +106,7 @@ class Experiments:
         model_name = self._model_name(entry, base, where)
         model = self.config.models[model_name]
         transforms = self._transforms(entry, where)
+        check_composition(family_of(model), transforms, f"{where}.transform")
         types = [settings["type"] for settings in _listed(transforms)]
         recipe_name, module, recipe = self._recipe(entry, model, base, types, where)
         refusal = module.refuses(family_of(model), types)
@@ -169,7 +171,10 @@ class Experiments:
 
     def _transforms(self, entry: Experiment, where: str) -> dict[str, Settings]:
         given = entry.transform if entry.transform is not None else "plain"
-        overrides = {name: {} for name in given.split("+")} if isinstance(given, str) else given
+        names = given.split("+") if isinstance(given, str) else list(given)
+        if len(set(names)) < len(names):
+            raise UserError("a transform is named twice", where=f"{where}.transform", value=given, fix="name it once")
+        overrides: dict[str, dict[str, Any]] = {key: {} for key in names} if isinstance(given, str) else given
         found: dict[str, Settings] = {}
         for name, override in overrides.items():
             if name == "plain" and len(overrides) == 1:

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline_lib.config.base import Settings, added
+from pipeline_lib.config.base import Named, PluginSettings, Settings, added
 from pipeline_lib.config.models import Bert, Llama, Mistral
 from pipeline_lib.config.names import OWNED_REPOSITORY, REPOSITORY
 from pipeline_lib.config.run import Run
-
-PluginSettings = dict[str, Any]
 
 
 class TrainedTokenizer(Settings):
@@ -105,9 +103,7 @@ class Model(Settings):
     local: LocalModel | None = Field(default=None, description="a checkpoint on this machine: {path}")
     tokenizer: str | None = Field(default=None, description="name of a tokenizer (a checkpoint brings its own)")
     dataset: str | None = Field(default=None, description="name of the dataset it is trained on by default")
-    recipe: str | dict[str, PluginSettings] | None = Field(
-        default=None, description="a recipe's name, or {name: {setting: value}}"
-    )
+    recipe: Named | None = Field(default=None, description="a recipe's name, or {name: {setting: value}}")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of evaluation")
     tasks: list[str] = Field(default=[], description="tasks that the target `all` evaluates")
     run: Run = Field(default=Run(), description="how it runs, see `run`")
@@ -139,12 +135,10 @@ class Experiment(Settings):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     model: str | None = Field(default=None, description="name of a model; taken from `from` when that is given")
-    transform: str | dict[str, PluginSettings] | None = Field(
+    transform: Named | None = Field(
         default=None, description="a transform's name, a composition a+b, or {name: {setting: value}} in order"
     )
-    recipe: str | dict[str, PluginSettings] | None = Field(
-        default=None, description="a recipe's name, or {name: {setting: value}}"
-    )
+    recipe: Named | None = Field(default=None, description="a recipe's name, or {name: {setting: value}}")
     dataset: str | None = Field(default=None, description="name of a dataset; default: the model's")
     from_: str | None = Field(
         default=None, alias="from", description="experiment whose checkpoint this one starts from"

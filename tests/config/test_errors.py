@@ -108,6 +108,9 @@ CASES: dict[str, tuple[str, Any, str, list[str]]] = {
     "repository with ;": ("models/x", {"hub": {"repo": "a/b;rm"}}, "", ["models.x.hub.repo", "a/b;rm"]),
     "dataset repository with ..": ("datasets/x", {"source": {"type": "hub", "repo": "../x"}}, "", ["datasets.x.source.repo", "../x", "owner/name"]),
     "publish without owner": ("experiments/x", {"model": "nano", "publish": "x"}, "", ["experiments.x.publish", "owner/name"]),
+    "list for a transform": ("experiments/x", {"model": "nano", "transform": ["bitflip"]}, "", ["experiments.x.transform", "bitflip", "give a name"]),
+    "number for settings": ("experiments/x", {"model": "nano", "recipe": {"pretrain": 3}}, "", ["experiments.x.recipe", "3", "pretrain: {setting: value}"]),
+    "two stores": ("experiments/x", {"model": "nano", "transform": "int2+ternary"}, "results/x/pydocs.json", ["experiments.x.transform", "int2+ternary", "one store", "q_proj"]),
     "split that leaves nothing": ("datasets/pydocs/split", {"valid": 0.7, "test": 0.7}, "", ["datasets.pydocs.split", "1.4"]),
     "infinite number": ("fault_seeds", float("inf"), "", ["fault_seeds"]),
 }  # fmt: skip

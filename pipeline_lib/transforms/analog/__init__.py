@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "build"]
 
 
+AT_LINEAR = ("store", "compute")  # the product is made where the weights lie
+"""What it is to a linear layer; of two transforms of one kind a plan refuses the composition."""
+
+
 def build(settings: Settings) -> Transform:
     """The transform of these settings."""
     from pipeline_lib.transforms.analog.tiles import Analog

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "build", "calibration"]
 
 
+AT_LINEAR = ("compute",)
+"""What it is to a linear layer; of two transforms of one kind a plan refuses the composition."""
+
+
 def build(settings: Settings) -> Transform:
     """The transform of these settings."""
     from pipeline_lib.transforms.optical.compute import Optical

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "build"]
 
+AT_LINEAR = ("store",)
+"""What it is to a linear layer; of two transforms of one kind a plan refuses the composition."""
 PACKS = True
 """Checkpoints under this transform get a packed form beside the latent one."""
 
