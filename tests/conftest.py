@@ -16,6 +16,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = ("tests/matrix", "tests/faults", "tests/workflow", "tests/training", "tests/studies", "tests/numerics")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first (a file stays with one worker), so that no worker is left alone at the end."""
+    items.sort(
+        key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

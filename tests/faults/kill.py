@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def forget(clone: Clone, stages: tuple[str, ...]) -> None:
         (clone.root / target).unlink(missing_ok=True)
 
 
-def kill_and_repeat(clone: Clone, point: Point) -> dict[str, Any]:
+def kill_and_repeat(clone: Clone, point: Point, targets: Sequence[str] = TARGETS) -> dict[str, Any]:
     """One round; the figures of it.
 
     Raises:
@@ -48,7 +49,7 @@ def kill_and_repeat(clone: Clone, point: Point) -> dict[str, Any]:
     forget(clone, point.remake)
     counter = clone.root / "kill-counter"
     plan = {"event": point.event, "match": point.match, "nth": point.nth, "counter": str(counter)}
-    process = clone.start(*TARGETS, extra={"ERRATA_TEST_KILL": json.dumps(plan), "PYTHONPATH": str(HOOK)})
+    process = clone.start(*targets, extra={"ERRATA_TEST_KILL": json.dumps(plan), "PYTHONPATH": str(HOOK)})
     try:
         output, _ = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
@@ -59,10 +60,10 @@ def kill_and_repeat(clone: Clone, point: Point) -> dict[str, Any]:
     orphans = alive(clone.root)
     assert not orphans, f"processes survived the kill: {orphans}"
     start = time.monotonic()
-    again = clone.snakemake(*TARGETS)
+    again = clone.snakemake(*targets)
     return {
         "seconds_to_mend": round(time.monotonic() - start, 1),
-        "digest": clone.digest(*TARGETS),
+        "digest": clone.digest(*targets),
         "adopted": again.count("adopted"),
         "resumed": again.count("resum"),
     }
