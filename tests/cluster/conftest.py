@@ -15,6 +15,7 @@ from tests.cluster.__main__ import FOLDER
 from tests.cluster.minislurm import MiniSlurm
 from tests.cluster.run import CONFIG, RESULT
 from tests.workflow.clone import Clone
+from tests.workflow.conftest import once
 
 collect_ignore_glob = [] if FOLDER in os.environ else ["test_*.py"]
 
@@ -41,7 +42,7 @@ def slurm() -> MiniSlurm:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A training that nobody disturbed, made without Slurm, once for all test workers."""
-    root = tmp_path_factory.getbasetemp().parent / "undisturbed"
+    root = once(tmp_path_factory) / "undisturbed"
     with FileLock(f"{root}.lock"):
         if (root / "done").exists():
             return Clone(root)

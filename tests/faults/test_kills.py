@@ -91,10 +91,10 @@ def test_second_orchestrator_says_why_it_stops(clone: Clone) -> None:
 
 
 DAMAGE = {
-    "weights, flipped byte": ("convert/*plain*/model.safetensors", "flip"),
+    "weights, flipped byte": ("convert/pretrain-plain-*/model.safetensors", "flip"),
     "tokens, truncated": ("tokens/*/train-*.safetensors", "truncate"),
     "documents, flipped byte": ("dataset/*/test-*.parquet", "flip"),
-    "result, truncated": ("evaluate/*plain*/result.json", "truncate"),
+    "result, truncated": ("evaluate/pretrain-plain-*-plain-*/result.json", "truncate"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,16 @@ CONFIG["sweeps"]["p"] = {
 }
 
 
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test workers of this session share, and no other session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A clone in which the targets have been made, once for all test workers."""
-    root = tmp_path_factory.getbasetemp().parent / "finished-pipeline"
+    root = once(tmp_path_factory) / "finished-pipeline"
     with FileLock(f"{root}.lock"):
         if (root / "done").exists():
             return Clone(root)
