@@ -12,9 +12,8 @@ demo: env
 	$(BIN)/snakemake --cores $(CORES) results/tables/robustness.md results/report.html --quiet rules
 	@$(BIN)/python -m pipeline_lib demo
 
-# A worker more than cores, since Snakemake and Slurm wait a lot; tests/conftest.py puts the longest first.
 test: env lint
-	$(BIN)/python -m pytest -n $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 test-cluster: env
 	$(BIN)/python -m tests.cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     Not `durable`: a power failure may lose the new bytes; for what the next plan writes again anyway.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    host = zlib.crc32(os.uname().nodename.encode())  # two containers can have the same process id
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{host}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         if durable:

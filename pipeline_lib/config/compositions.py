@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from pipeline_lib.config.base import Settings
 from pipeline_lib.config.errors import UserError
 from pipeline_lib.config.registry import TRANSFORMS
-from pipeline_lib.transforms.base import Site
-from pipeline_lib.transforms.patterns import matches
 
 _DECODER = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 LAYERS = {
@@ -31,7 +30,7 @@ def check_composition(family: str, transforms: Mapping[str, Settings], where: st
     for layer in LAYERS.get(family, ()):
         at: dict[str, str] = {}
         for name, settings in transforms.items():
-            if not _acts_at(settings, Site("linear", layer)):
+            if not _acts_at(settings, layer):
                 continue
             module = TRANSFORMS.load(settings.semantic()["type"])
             for kind in getattr(module, "AT_LINEAR", ()):
@@ -45,8 +44,8 @@ def check_composition(family: str, transforms: Mapping[str, Settings], where: st
                 at[kind] = name
 
 
-def _acts_at(settings: Settings, site: Site) -> bool:
+def _acts_at(settings: Settings, layer: str) -> bool:
     for pattern, overrides in getattr(settings, "sites", ()):
-        if matches(pattern, site):
+        if fnmatchcase(layer, pattern.removeprefix("linear:")):
             return overrides is not None
     return False
